@@ -1,0 +1,97 @@
+"""One command line for all stages: an optional first word, flags from a frozen dataclass, one-line errors.
+
+python STAGE.py                      the real thing: the first preset
+python STAGE.py demo --steps 50      another preset, single fields overridden
+python STAGE.py status --lake DIR    another action on the same fields
+python STAGE.py ... --check          parse and check everything, then exit without doing anything
+"""
+
+import io
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
+from typing import NoReturn, TypeVar
+
+import tyro
+from dotenv import load_dotenv
+
+from hear_distill.files import UserError
+
+C = TypeVar("C")
+Action = Callable[[C], int | None]  # a stage's main: takes its Config, returns an exit code or None for 0
+
+
+def run(
+    main: Action[C],
+    presets: Mapping[str, C],
+    description: str,
+    actions: Mapping[str, Action[C]] | None = None,
+    check: Action[C] | None = None,
+) -> NoReturn:
+    """Parse `sys.argv`, run the stage, exit: 0 done, 1 the stage failed, 2 the user can put it right.
+
+    Args:
+        presets: configurations by first word; the first of them is the bare command's.
+        actions: first words that do something other than `main` with the first preset, such as `status`.
+        check: what --check does once the flags are accepted, for what only the disk can tell; raises UserError.
+        description: the stage's docstring, shown by --help above the list of words and flags.
+    """
+    load_dotenv(".env")
+    sys.stdout.reconfigure(line_buffering=True)  # a supervisor or `tee` sees each line when it is written
+    try:
+        is_check = "--check" in sys.argv
+        argv = [argument for argument in sys.argv[1:] if argument != "--check"]
+        action, config = parse(main, presets, argv, description, actions or {})
+        if is_check:
+            action = check or (lambda _: None)
+        sys.exit(action(config))
+    except UserError as e:
+        print("error: " + " ".join(str(e).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(
+    main: Action[C],
+    presets: Mapping[str, C],
+    argv: Sequence[str],
+    description: str,
+    actions: Mapping[str, Action[C]],
+) -> tuple[Action[C], C]:
+    """What to call, and with which configuration. Raises UserError for anything wrong, SystemExit(0) after --help."""
+    bare, argv = next(iter(presets)), list(argv)
+    words = [*presets, *actions]
+    word = argv.pop(0) if argv and not argv[0].startswith("-") else bare
+    if word not in words:
+        raise UserError(f"unknown word {word!r}; the first word is one of: {', '.join(words)} (none means {bare})")
+
+    if "--help" in argv or "-h" in argv:
+        print(f"{description}\nfirst word: {' | '.join(words)} (none means {bare}); the defaults below are of {word}\n")
+    return actions.get(word, main), _parse_flags(presets.get(word, presets[bare]), argv)
+
+
+def _parse_flags(default: C, argv: Sequence[str]) -> C:
+    """Override fields of `default`. tyro answers a mistake with a box of several lines; we keep its first sentence."""
+    boxed = io.StringIO()
+    try:
+        with redirect_stderr(boxed):
+            return tyro.cli(
+                type(default),
+                args=argv,
+                default=default,
+                description="",
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as e:
+        if not e.code:
+            raise
+        raise UserError(unbox(boxed.getvalue())) from None
+
+
+def unbox(text: str) -> str:
+    """The first sentence of one of tyro's boxes, with its suggestion, on one line."""
+    lines = [line.strip("│╭╮╰╯ \n") for line in text.splitlines()[1:]]
+    rules = [i for i, line in enumerate(lines) if line and not line.strip("─")] or [len(lines)]
+    message = " ".join(lines[: rules[0]])
+    suggestions = [line.split()[0] for line in lines[rules[0] :] if line.startswith("--")]
+    hint = f"; did you mean {suggestions[0]}?" if "Perhaps you meant:" in lines and suggestions else ""
+    return f"{message.removeprefix('Error parsing Config: ')}{hint} (all flags: --help)"

@@ -1,0 +1,115 @@
+"""Files that are whole or absent, and the named points at which a test may kill the process.
+
+in:   a path and a body that writes to it
+out:  the old file or the whole new one, never a part; durable once the call returned
+"""
+
+import fcntl
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+GIB = 2**30
+MIB = 2**20
+
+
+class UserError(Exception):
+    """Something the user can put right. The message says what was found, what was expected and the next command.
+
+    Every stage prints it as it is, without a traceback, and exits with 2.
+    """
+
+
+# Each name stands between two durable operations. `HEAR_CRASH_AT=<name>` kills the process there, as a power cut would
+# for a single process; tests/test_crash_points.py enumerates this table, so a new point is tested by being named.
+CRASH_POINTS = {
+    "shard-reserved": "bytes are reserved in the ledger, no file exists yet",
+    "shard-written": "the .part files are complete but not fsynced",
+    "shard-synced": "the .part files are durable, none renamed",
+    "shard-renamed-one": "with a validation part: that one is renamed, the train part is not",
+    "shard-renamed": "the parts stand under their final names, the ledger says writing",
+    "shard-ready": "the ledger says ready and the cursors have moved",
+    "lease-taken": "the ledger says leased, the trainer has read nothing",
+    "checkpoint-written": "the new checkpoint is durable under its temporary name",
+    "checkpoint-kept-previous": "the last checkpoint also stands under the name previous.pt",
+    "checkpoint-renamed": "the new checkpoint is latest.pt, the ledger has not heard of it",
+    "checkpoint-recorded": "the ledger knows the new checkpoint; covered shards are retiring, their files stand",
+    "shard-quarantined": "the ledger says quarantined, the file has not moved",
+    "shard-unlinked": "the file of a retiring shard is gone, the ledger still says retiring",
+    "shard-retired": "the ledger has counted the shard and forgotten it",
+}
+
+
+def crash_point(name: str) -> None:
+    """Die here, without clean-up, if the environment asks for it. Costs one dictionary look-up otherwise."""
+    assert name in CRASH_POINTS, f"{name} is not in CRASH_POINTS"
+    if os.environ.get("HEAR_CRASH_AT") == name:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable: a rename survives a power cut only after this."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open `path` for writing so that readers see the old file or the whole new one, never a part.
+
+    The bytes go to `<path>.tmp`, are fsynced, then renamed over `path`, and the folder is fsynced. If the body raises,
+    the temporary file is removed and `path` is left as it was. One writer per path: that is the caller's job.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        with tmp.open("wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        tmp.replace(path)
+        fsync_folder(path.parent)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(lock: Path, refusal: str) -> Iterator[None]:
+    """Hold `lock` while the body runs; the kernel drops it if the process dies. Raises UserError(refusal) if held."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(refusal) from None
+        yield
+
+
+def is_locked(lock: Path) -> bool:
+    """Whether a living process holds `lock`. Looking never keeps anybody from taking it for longer than the look."""
+    try:
+        with lock.open() as f:
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` whole with `value` as indented JSON. NaN and infinity are refused: other readers choke on them."""
+    with atomic_write(path) as f:
+        f.write((json.dumps(value, indent=1, allow_nan=False, default=str) + "\n").encode())
+
+
+def gib(num_bytes: float) -> str:
+    """For messages: '1.25 GiB', or MiB below a tenth of one."""
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / MIB:.1f} MiB"

@@ -1,0 +1,123 @@
+"""What a process tells others: its configuration, its metrics, its heartbeat; and that it ends with its supervisor.
+
+in:   dataclasses and numbers
+out:  <run>/config.json, <run>/metrics.jsonl, heartbeat files (replaced whole)
+"""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from hear_distill.files import atomic_write, write_json
+
+HEARTBEAT_S = 2.0
+SUPERVISOR_FD = "HEAR_SUPERVISOR_FD"  # read end of a pipe that the supervisor holds open while it lives
+SECONDS_TO_END = 20.0  # from the closed pipe to the hard end; a checkpoint on a slow disk fits
+
+
+def git_revision() -> str:
+    """Commit of this checkout, `-dirty` if files differ from it, or `not a git checkout`."""
+    here = Path(__file__).parent
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+        described = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "git is not installed"
+    return described.stdout.strip() if described.returncode == 0 else "not a git checkout"
+
+
+def write_config(run: Path, config: Any, **resolved: Any) -> None:
+    """Write <run>/config.json: every field of the dataclass, what was resolved at run time, and the code's revision."""
+    write_json(run / "config.json", {**dataclasses.asdict(config), **resolved, "code": git_revision()})
+
+
+class Metrics:
+    """One JSON line per log point in <run>/metrics.jsonl.
+
+    A resumed run continues after `last_step`: later lines belong to a history that its checkpoint does not know, and
+    are dropped, so the file always tells the story of the surviving model.
+    """
+
+    def __init__(self, run: Path, last_step: int) -> None:
+        self.path = run / "metrics.jsonl"
+        kept = [line for line in read_metrics(run) if line["step"] <= last_step]
+        with atomic_write(self.path) as f:
+            f.writelines(json.dumps(line).encode() + b"\n" for line in kept)
+        self.file = self.path.open("a")
+
+    def log(self, step: int, **values: float) -> None:
+        """Append one line. A non-finite value is written as null, which is what other JSON readers accept."""
+        line = {"step": step, "time": time.time()}
+        line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.file.write(json.dumps(line, allow_nan=False) + "\n")
+        self.file.flush()
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of <run>/metrics.jsonl. A last line that a kill cut short is left out; it was never complete."""
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+class Heartbeat:
+    """A small JSON file, replaced at most every two seconds.
+
+    `progress` only grows. The supervisor watches that number on its own monotonic clock; it never compares clocks.
+    """
+
+    def __init__(self, path: Path, stage: str) -> None:
+        self.path = path
+        self.fixed = {"stage": stage, "pid": os.getpid()}
+        self.next_write = 0.0
+
+    def beat(self, progress: int, force: bool = False, **values: Any) -> None:
+        """Say how far this process has come; cheap enough to call in a loop."""
+        if force or time.monotonic() >= self.next_write:
+            write_json(self.path, {**self.fixed, "progress": progress, "time": time.time(), **values})
+            self.next_write = time.monotonic() + HEARTBEAT_S
+
+
+def read_heartbeat(path: Path) -> dict[str, Any]:
+    """The last heartbeat, or an empty dictionary if there was none yet."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+class StopRequest:
+    """True once SIGTERM or SIGINT arrived, or once the supervisor's pipe closed: finish what is in hand, then leave."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: self.event.set())
+        signal.signal(signal.SIGINT, self._on_interrupt)
+        if SUPERVISOR_FD in os.environ:
+            threading.Thread(target=self._watch_supervisor, args=(int(os.environ[SUPERVISOR_FD]),), daemon=True).start()
+
+    def __bool__(self) -> bool:
+        return self.event.is_set()
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep, but wake at once when asked to stop; returns whether to stop."""
+        return self.event.wait(seconds)
+
+    def _on_interrupt(self, *_: Any) -> None:
+        if self.event.is_set():
+            sys.exit("interrupted twice: leaving at once")
+        print("interrupted: finishing what is in hand (press Ctrl-C again to leave at once)", file=sys.stderr)
+        self.event.set()
+
+    def _watch_supervisor(self, fd: int) -> None:
+        os.read(fd, 1)  # nobody ever writes: this returns when the last holder of the other end is gone
+        self.event.set()
+        time.sleep(SECONDS_TO_END)
+        os._exit(1)
