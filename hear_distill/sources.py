@@ -1,0 +1,137 @@
+"""Where recordings come from: list the tars of a source once, then read each from any byte offset, front to back.
+
+in:   a folder of WebDataset tars (`<key>.audio.mp3` + `<key>.metadata.json`)
+out:  Recording(key, offset, end, audio, metadata), in the order of the tar
+
+A recording is the run of members that share a key, which ends at the first dot of the base name, as in WebDataset.
+Keys are data and never become paths. Nothing is extracted to disk.
+"""
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from hear_distill.files import MIB, UserError
+
+AUDIO_SUFFIXES = ("mp3", "flac", "ogg", "opus", "wav")
+MAX_MEMBER_BYTES = 512 * MIB  # a tar header is not to be trusted; two hours of 320 kbit/s MP3 are 275 MiB
+
+
+class TarBroken(Exception):
+    """The rest of a source tar cannot be read. What came before it is good."""
+
+
+@dataclass(frozen=True)
+class Tar:
+    """One source tar: its name, relative to the source, and its length."""
+
+    name: str
+    num_bytes: int
+
+
+@dataclass
+class Recording:
+    """The members of one key. `problem` says in a few words why there is nothing to decode; None if there is."""
+
+    key: str
+    offset: int
+    """first byte of its first member's header, from the start of the tar"""
+    end: int = 0
+    """where the next recording begins"""
+    audio: bytes = b""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    problem: str | None = "no audio member"
+
+
+class FolderSource:
+    """A local folder of tars. `revision` is a hash of the names and sizes: it tells when the folder has changed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not folder.is_dir():
+            raise UserError(
+                f"no folder {folder} to read tars from; expected --source to be a folder of WebDataset tars; "
+                f"to see it run without data: python datalake/run_lake.py demo"
+            )
+        self.tars = [Tar(path.name, path.stat().st_size) for path in sorted(folder.glob("*.tar"))]
+        if not self.tars:
+            raise UserError(
+                f"no *.tar in {folder}; expected tars of <key>.audio.mp3 and <key>.metadata.json; "
+                f"to see it run without data: python datalake/run_lake.py demo"
+            )
+        listing = "".join(f"{tar.name}\0{tar.num_bytes}\n" for tar in self.tars)
+        self.revision = "listing:" + hashlib.sha256(listing.encode()).hexdigest()[:16]
+
+    def open(self, tar: Tar, offset: int) -> BinaryIO:
+        """A stream of the tar's bytes from `offset` on, for the caller to close. Raises TarBroken if there is none."""
+        try:
+            stream = (self.folder / tar.name).open("rb")
+        except OSError as e:
+            raise TarBroken(f"cannot be opened: {e.strerror}") from e
+        stream.seek(offset)
+        return stream
+
+
+def read_recordings(stream: BinaryIO, tar: Tar, offset: int) -> Iterator[Recording]:
+    """Yield the recordings from byte `offset` on, which `stream` already stands at.
+
+    Raises TarBroken where the tar ends early or turns into something else; all recordings before that were yielded.
+    """
+    if offset >= tar.num_bytes:
+        return
+    recording: Recording | None = None
+    try:
+        with tarfile.open(fileobj=stream, mode="r|") as members:
+            for member in members:
+                key, suffix = _split_name(member.name)
+                begin = offset + member.offset
+                if recording is None or key != recording.key:
+                    if recording is not None:
+                        recording.end = begin
+                        yield recording
+                    recording = Recording(key=key, offset=begin)
+                if member.isfile():
+                    _add_member(recording, suffix, member, members)
+            end = offset + members.offset
+    except (tarfile.TarError, EOFError) as e:
+        raise TarBroken(f"unreadable after byte {offset if recording is None else recording.offset}: {e}") from e
+    # tarfile takes a damaged header in mid-archive for the end; the end is real only if nothing but padding follows.
+    if tar.num_bytes - end > tarfile.RECORDSIZE:
+        raise TarBroken(f"no tar header at byte {end} of {tar.num_bytes}")
+    if recording is not None:
+        recording.end = tar.num_bytes
+        yield recording
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """'a/b.audio.mp3' -> ('a/b', 'mp3')"""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extensions = base.partition(".")
+    return folder + slash + stem, extensions.rpartition(".")[2].lower()
+
+
+def _add_member(recording: Recording, suffix: str, member: tarfile.TarInfo, members: tarfile.TarFile) -> None:
+    """Read the audio or the metadata of `recording`; members of any other kind are passed over."""
+    if suffix not in (*AUDIO_SUFFIXES, "json"):
+        return
+    if member.size > MAX_MEMBER_BYTES:
+        recording.problem = "oversized member"
+        return
+    content = members.extractfile(member).read()
+    if len(content) < member.size:
+        raise tarfile.ReadError(f"unexpected end of data in {member.size} bytes of a member")
+    if suffix == "json":
+        try:
+            metadata = json.loads(content)
+        except ValueError:  # also a UnicodeDecodeError
+            recording.problem = "bad JSON"
+            return
+        recording.metadata = metadata if isinstance(metadata, dict) else {}
+    else:
+        recording.audio = content
+        if recording.problem == "no audio member":
+            recording.problem = None
