@@ -1,0 +1,477 @@
+"""The ledger of a lake: the disk budget, the cursors into the source, and the life of each shard.
+
+in:   what workers cut and what trainers cover
+out:  <lake>/ledger.sqlite, the only shared state; files move only together with it
+
+    <lake>/shards/<id>.tar[.part]   train parts      <lake>/val/<id>.tar[.part]   validation parts
+    <lake>/owners/<id>.lock         one per living process      <lake>/quarantine/<id>.tar   what failed its hash
+
+A shard is `writing`, then `ready`, `leased` to a trainer, `retiring` once the second-newest durable checkpoint covers
+all its clips, and then only a number in the totals; or `quarantined`. datalake/README.md draws it. Every change of
+state is one transaction; a file operation stands before or after it so that a kill between the two is repaired by
+`sweep` (for dead writers), `begin_run` (for dead trainers) or `finish_retiring`, each of which may itself be killed.
+"""
+
+import fcntl
+import hashlib
+import os
+import sqlite3
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from hear_distill.files import UserError, crash_point, fsync_folder, is_locked
+from hear_distill.schema import RECENT, SCHEMA, TRAIN, Books, Cursor, Identity, Part, Shard
+
+LOCK_WAIT_S = 60.0
+
+
+class LakeFull(Exception):
+    """The cap leaves no room for another shard now. Workers leave; the supervisor starts them again when there is."""
+
+
+def permuted(names: Sequence[str], seed: int) -> list[str]:
+    """The names in an order that depends on the seed alone: neighbours in the source do not stay neighbours."""
+    return sorted(names, key=lambda name: hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=16).digest())
+
+
+class Owner:
+    """This process, as the ledger knows it: alive exactly as long as it holds the lock on <lake>/owners/<id>.lock."""
+
+    def __init__(self, root: Path, role: str) -> None:
+        self.id = f"{role}-{uuid.uuid4().hex[:8]}"
+        self.path = root / "owners" / f"{self.id}.lock"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self.path.open("w")
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+
+    def release(self) -> None:
+        """Leave in good order. Death has the same effect, later: the kernel drops the lock."""
+        self.path.unlink(missing_ok=True)
+        self.file.close()
+
+
+class Lake:
+    """One connection to a ledger. Open it in the process that uses it: no connection may cross a fork."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.db = sqlite3.connect(root / "ledger.sqlite", timeout=LOCK_WAIT_S, isolation_level=None)
+        self.db.row_factory = sqlite3.Row
+        self.db.execute("PRAGMA journal_mode = WAL")
+        self.db.execute("PRAGMA synchronous = FULL")
+
+    @classmethod
+    def open(cls, root: Path) -> "Lake":
+        """An existing lake. Raises UserError if there is none."""
+        lake = cls(root) if (root / "ledger.sqlite").exists() else None
+        if lake is None or not lake.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'totals'").fetchone():
+            raise UserError(f"no lake at {root}; to make and fill one: python datalake/run_lake.py --lake {root}")
+        return lake
+
+    @classmethod
+    def create(cls, root: Path, identity: Identity, tars: Mapping[str, int], **limits: int) -> "Lake":
+        """Make the lake, or join it if it is there and is the same one.
+
+        Args:
+            tars: length in bytes by name, of the whole source; this node takes its part of the permutation.
+            limits: what may change from run to run: `cap_bytes` of `used_bytes`, `reservation_bytes` of one shard with
+                all its parts, and `max_workers`, the streamers that may run side by side.
+        """
+        for folder in ("shards", "val", "owners", "quarantine"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        lake = cls(root)
+        wanted = {name: str(value) for name, value in asdict(identity).items()}
+        with lake.transaction():
+            for statement in SCHEMA.split(";\n"):
+                lake.db.execute(statement)
+            settings = dict(lake.db.execute("SELECT name, value FROM settings").fetchall())
+            found = {name: settings[name] for name in wanted if name in settings}
+            if not found:
+                order = permuted(list(tars), identity.seed)[identity.node_rank :: identity.num_nodes]
+                lake.db.executemany("INSERT INTO settings VALUES (?, ?)", wanted.items())
+                rows = [(position, name, tars[name]) for position, name in enumerate(order)]
+                lake.db.executemany("INSERT INTO tars (position, name, num_bytes) VALUES (?, ?, ?)", rows)
+            elif found != wanted:
+                differing = {k: f"{found.get(k)} (asked for: {wanted[k]})" for k in wanted if found.get(k) != wanted[k]}
+                raise UserError(
+                    f"the lake {root} is another one: {differing}; choose another --lake or the same settings"
+                )
+            changing = [(name, str(value)) for name, value in limits.items()]
+            lake.db.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", changing)
+        return lake
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing, and alone: the write lock is taken at the start, so what was read stays true."""
+        self.db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self.db.execute("ROLLBACK")
+            raise
+        self.db.execute("COMMIT")
+
+    def close(self) -> None:
+        """Close the connection; the ledger stays."""
+        self.db.close()
+
+    def path(self, shard_id: int, split: str, suffix: str = ".tar") -> Path:
+        """Where a part stands: .tar when finished, .tar.part while its one worker writes it."""
+        return self.root / ("shards" if split == TRAIN else "val") / f"{shard_id:08d}{suffix}"
+
+    # ---- owners ----
+
+    def is_alive(self, owner: str | None) -> bool:
+        """Whether the process of this id still holds its lock. No clocks, and no process id that could be reused."""
+        return owner is not None and is_locked(self.root / "owners" / f"{owner}.lock")
+
+    def sweep(self) -> None:
+        """Put right what dead workers left: their unfinished files and reservations go, their cursors are free."""
+        with self.transaction():
+            for row in self.db.execute("SELECT id, split, owner FROM shards WHERE state = 'writing'").fetchall():
+                if not self.is_alive(row["owner"]):
+                    self._forget_unfinished(row["id"])
+            for row in self.db.execute("SELECT DISTINCT owner FROM tars WHERE owner IS NOT NULL").fetchall():
+                if not self.is_alive(row["owner"]):
+                    self.free_tars(row["owner"])
+        self._move_quarantined()
+
+    def _forget_unfinished(self, shard_id: int) -> None:
+        """Delete a shard under either name, then its reservation. The cursors never moved, so it will be cut again."""
+        for folder in ("shards", "val"):
+            for suffix in (".tar", ".tar.part"):
+                (self.root / folder / f"{shard_id:08d}{suffix}").unlink(missing_ok=True)
+            fsync_folder(self.root / folder)
+        self.db.execute("DELETE FROM shards WHERE id = ? AND state = 'writing'", (shard_id,))
+
+    # ---- writing ----
+
+    def take_tars(self, owner: str, count: int) -> list[Cursor]:
+        """Up to `count` cursors that nobody holds, begun ones first, then in the order of the permutation."""
+        with self.transaction():
+            rows = self.db.execute(
+                "SELECT * FROM tars WHERE owner IS NULL AND state IN ('open', 'waiting')"
+                " ORDER BY state = 'waiting', position LIMIT ?",
+                (count,),
+            ).fetchall()
+            for row in rows:
+                self.db.execute(
+                    "UPDATE tars SET owner = ?, state = 'open' WHERE position = ?", (owner, row["position"])
+                )
+        return [
+            Cursor(r["position"], r["name"], r["num_bytes"], r["offset"], r["next_clip"], bool(r["is_held_out"]))
+            for r in rows
+        ]
+
+    def free_tars(self, owner: str) -> None:
+        """Give all cursors of `owner` back, where they stood at its last finished shard."""
+        self.db.execute("UPDATE tars SET owner = NULL WHERE owner = ?", (owner,))
+
+    def begin_shard(self, owner: str, num_bytes: int, split: str = TRAIN) -> int:
+        """Reserve `num_bytes` under the cap and return the new shard's id. Raises LakeFull."""
+        with self.transaction():
+            if self.used_bytes() + num_bytes > self.cap_bytes():
+                raise LakeFull(f"{self.used_bytes()} of {self.cap_bytes()} bytes are in use, {num_bytes} more needed")
+            shard_id = self._add("next_shard_id", 1) - 1
+            self.db.execute(
+                "INSERT INTO shards (id, split, state, owner, num_bytes) VALUES (?, ?, 'writing', ?, ?)",
+                (shard_id, split, owner, num_bytes),
+            )
+        crash_point("shard-reserved")
+        return shard_id
+
+    def publish(self, shard_id: int, parts: Sequence[Part], cursors: Sequence[Cursor], counts: Counter[str]) -> None:
+        """Finish a shard whose parts are written as .tar.part: make them durable, name them, and move the cursors.
+
+        Clips and cursors change in one transaction, so each clip of the source is in exactly one finished shard. An
+        empty list of parts is allowed: recordings that gave no clip have been read all the same.
+        """
+        crash_point("shard-written")
+        for part in parts:
+            _fsync_file(self.path(shard_id, part.split, ".tar.part"))
+        self._fsync_folders()
+        crash_point("shard-synced")
+        for i, part in enumerate(sorted(parts, key=lambda part: part.split == TRAIN)):
+            if i == 1:
+                crash_point("shard-renamed-one")
+            self.path(shard_id, part.split, ".tar.part").rename(self.path(shard_id, part.split))
+        self._fsync_folders()
+        crash_point("shard-renamed")
+        with self.transaction():
+            self.db.execute("DELETE FROM shards WHERE id = ? AND state = 'writing'", (shard_id,))
+            for part in parts:
+                self.db.execute(
+                    "INSERT INTO shards (id, split, state, num_bytes, num_clips, sha256)"
+                    " VALUES (?, ?, 'ready', ?, ?, ?)",
+                    (shard_id, part.split, part.num_bytes, part.num_clips, part.sha256),
+                )
+            for cursor in cursors:
+                self.db.execute(
+                    "UPDATE tars SET offset = ?, next_clip = ?, is_held_out = ?, state = ?, problem = ?"
+                    " WHERE position = ?",
+                    (
+                        *(cursor.offset, cursor.next_clip, cursor.is_held_out),
+                        *(cursor.state, cursor.problem, cursor.position),
+                    ),
+                )
+            for name, count in (counts + Counter({"cut": sum(part.num_clips for part in parts)})).items():
+                self._add(name, count)
+        crash_point("shard-ready")
+
+    def _fsync_folders(self) -> None:
+        fsync_folder(self.root / "shards")
+        fsync_folder(self.root / "val")
+
+    def abandon(self, shard_id: int) -> None:
+        """Give a reservation back before anything was published from it."""
+        with self.transaction():
+            self._forget_unfinished(shard_id)
+
+    # ---- training ----
+
+    def begin_run(self, owner: str, run: str, coverage: Mapping[int, bytes]) -> list[Shard]:
+        """Take up a training history: what its surviving checkpoint covers stays covered, all else is ready again.
+
+        Shards that `coverage` names are leased to `owner`, in its order, and returned; the clips that the checkpoint
+        does not contain are the ones to read. Other shards of this run go back. So do the shards of dead trainers of
+        other runs, less what their newest durable checkpoint covered.
+        """
+        self.finish_retiring()
+        with self.transaction():
+            for row in self.db.execute(
+                "SELECT * FROM shards WHERE run IS NOT NULL AND state IN ('ready', 'leased')"
+            ).fetchall():
+                if self.is_alive(row["owner"]):
+                    continue
+                covered = row["covered"] if row["run"] != run else None
+                self._set_coverage(row["id"], covered, num_covered_before=0)
+                self.db.execute(
+                    "UPDATE shards SET state = 'ready', owner = NULL WHERE id = ? AND split = 'train'", (row["id"],)
+                )
+            for shard_id, covered in coverage.items():
+                row = self.db.execute(
+                    "SELECT state FROM shards WHERE id = ? AND split = 'train'", (shard_id,)
+                ).fetchone()
+                if row is not None and row["state"] == "ready":
+                    self._set_coverage(shard_id, covered, num_covered_before=0)
+                    self._lease(shard_id, owner, run)
+            return [s for i in coverage for s in self._shards("id = ? AND owner = ? AND state = 'leased'", i, owner)]
+
+    def lease(self, owner: str, run: str) -> Shard | None:
+        """The oldest ready train shard, now this trainer's alone; None if there is none."""
+        with self.transaction():
+            row = self.db.execute(
+                "SELECT min(id) AS id FROM shards WHERE state = 'ready' AND split = 'train'"
+            ).fetchone()
+            if row["id"] is None:
+                return None
+            self._lease(row["id"], owner, run)
+            (shard,) = self._shards("id = ? AND split = 'train'", row["id"])
+        crash_point("lease-taken")
+        return shard
+
+    def _lease(self, shard_id: int, owner: str, run: str) -> None:
+        self.db.execute(
+            "UPDATE shards SET state = 'leased', owner = ?, run = ?, num_read = num_covered"
+            " WHERE id = ? AND split = 'train'",
+            (owner, run, shard_id),
+        )
+
+    def _set_coverage(self, shard_id: int, covered: bytes | None, num_covered_before: int) -> None:
+        num_covered = int.from_bytes(covered or b"", "little").bit_count()
+        self.db.execute(
+            "UPDATE shards SET covered = ?, num_covered = ?, num_read = ?, num_covered_before = ?"
+            " WHERE id = ? AND split = 'train'",
+            (covered, num_covered, num_covered, num_covered_before, shard_id),
+        )
+
+    def report_read(self, num_read: Mapping[int, int]) -> None:
+        """How many clips of each leased shard were handed out: the supervisor sees consumption between checkpoints."""
+        with self.transaction():
+            self.db.executemany(
+                "UPDATE shards SET num_read = ? WHERE id = ? AND split = 'train' AND state = 'leased'",
+                [(count, shard_id) for shard_id, count in num_read.items()],
+            )
+
+    def record_checkpoint(self, owner: str, coverage: Mapping[int, bytes]) -> list[int]:
+        """Book a checkpoint that is durable and was read back. Returns the train shards that are gone with it.
+
+        A shard goes when the second-newest checkpoint covers it: should the newest turn out damaged, the one before
+        still accounts for every clip.
+        """
+        with self.transaction():
+            for row in self.db.execute(
+                "SELECT id, num_clips, num_covered FROM shards WHERE state = 'leased' AND owner = ?", (owner,)
+            ).fetchall():
+                self._set_coverage(row["id"], coverage.get(row["id"]), num_covered_before=row["num_covered"])
+                if row["num_covered"] == row["num_clips"]:
+                    self.db.execute(
+                        "UPDATE shards SET state = 'retiring' WHERE id = ? AND split = 'train'", (row["id"],)
+                    )
+        crash_point("checkpoint-recorded")
+        return self.finish_retiring()
+
+    def finish_retiring(self) -> list[int]:
+        """Delete the files of retiring shards, then turn their rows into totals; also after a kill in between."""
+        rows = self.db.execute("SELECT id, split, num_clips FROM shards WHERE state = 'retiring'").fetchall()
+        for row in rows:
+            self.path(row["id"], row["split"]).unlink(missing_ok=True)
+        if rows:
+            self._fsync_folders()
+            crash_point("shard-unlinked")
+        with self.transaction():
+            for row in rows:
+                gone = self.db.execute(
+                    "DELETE FROM shards WHERE id = ? AND split = ? AND state = 'retiring'", (row["id"], row["split"])
+                ).rowcount
+                self._add("trained" if row["split"] == TRAIN else "retired validation", gone * row["num_clips"])
+        if rows:
+            crash_point("shard-retired")
+        return [row["id"] for row in rows if row["split"] == TRAIN]
+
+    def release(self, owner: str) -> None:
+        """Give the leases of a trainer that leaves in good order back, less what its newest checkpoint covers."""
+        self.db.execute(
+            "UPDATE shards SET state = 'ready', owner = NULL WHERE state = 'leased' AND owner = ?", (owner,)
+        )
+
+    def quarantine(self, shard_id: int, split: str, problem: str) -> None:
+        """Move a shard that is not what the ledger says aside; its clips are counted as lost, not trained on."""
+        with self.transaction():
+            self.db.execute(
+                "UPDATE shards SET state = 'quarantined', owner = NULL, problem = ? WHERE id = ? AND split = ?",
+                (problem, shard_id, split),
+            )
+        crash_point("shard-quarantined")
+        self._move_quarantined()
+
+    def _move_quarantined(self) -> None:
+        for row in self.db.execute("SELECT id, split FROM shards WHERE state = 'quarantined'").fetchall():
+            path = self.path(row["id"], row["split"])
+            if path.exists():
+                path.rename(self.root / "quarantine" / f"{row['id']:08d}-{row['split']}.tar")
+                self._fsync_folders()
+
+    def retire_recent(self, num_clips_to_keep: int) -> None:
+        """Let the oldest `recent` validation shards go while more than `num_clips_to_keep` clips would stay."""
+        with self.transaction():
+            rows = self.db.execute(
+                "SELECT id, num_clips FROM shards WHERE split = ? AND state = 'ready' ORDER BY id DESC", (RECENT,)
+            ).fetchall()
+            kept = 0
+            for row in rows:
+                kept += row["num_clips"]
+                if kept > num_clips_to_keep:
+                    self.db.execute(
+                        "UPDATE shards SET state = 'retiring' WHERE id = ? AND split = ?", (row["id"], RECENT)
+                    )
+        self.finish_retiring()
+
+    # ---- looking ----
+
+    def _add(self, name: str, count: int) -> int:
+        """Add to a total and return its new value."""
+        return self.db.execute(
+            "INSERT INTO totals VALUES (?, ?)"
+            " ON CONFLICT (name) DO UPDATE SET value = value + excluded.value RETURNING value",
+            (name, count),
+        ).fetchone()["value"]
+
+    def totals(self) -> Counter[str]:
+        """Everything that is only counted: clips cut and trained, recordings, skips by reason."""
+        return Counter(dict(self.db.execute("SELECT name, value FROM totals").fetchall()))
+
+    def setting(self, name: str) -> str:
+        """A field of the lake's identity, or one of its limits."""
+        return self.db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()["value"]
+
+    def cap_bytes(self) -> int:
+        """The hard limit on `used_bytes`."""
+        return int(self.setting("cap_bytes"))
+
+    def used_bytes(self) -> int:
+        """Bytes that are written or reserved: never above the cap."""
+        return self._sum("num_bytes", "1")
+
+    def has_room(self) -> bool:
+        """Whether another shard could be begun now."""
+        return self.used_bytes() + int(self.setting("reservation_bytes")) <= self.cap_bytes()
+
+    def unread_clips(self) -> int:
+        """Train clips that no trainer has been handed yet: the level of the reservoir."""
+        return self._sum("num_clips - num_read", "split = 'train' AND state IN ('ready', 'leased')")
+
+    def _sum(self, column: str, condition: str) -> int:
+        return self.db.execute(f"SELECT coalesce(sum({column}), 0) FROM shards WHERE {condition}").fetchone()[0]
+
+    def tar_states(self) -> Counter[str]:
+        """Source tars by state; `free` counts those that a new worker could take."""
+        states = Counter(dict(self.db.execute("SELECT state, count(*) FROM tars GROUP BY state").fetchall()))
+        free = "SELECT count(*) FROM tars WHERE owner IS NULL AND state IN ('waiting', 'open')"
+        return states + Counter(free=self.db.execute(free).fetchone()[0])
+
+    def is_drained(self) -> bool:
+        """Whether no train shard will come any more: all tars are read, none is being written and none is ready."""
+        states = self.tar_states()
+        is_coming = self._sum("1", "state = 'writing' OR (state = 'ready' AND split = 'train')")
+        return not (states["waiting"] or states["open"] or is_coming)
+
+    def has_anchor(self) -> bool:
+        """Whether the anchor validation is cut, or a living worker is at it."""
+        return bool(self._sum("1", "split = 'anchor'")) or int(self.setting("val_clips")) == 0
+
+    def ready(self, split: str) -> list[Shard]:
+        """Finished shards of one split that nobody holds, oldest first."""
+        return self._shards("split = ? AND state = 'ready'", split)
+
+    def _shards(self, condition: str, *values: object) -> list[Shard]:
+        rows = self.db.execute(f"SELECT * FROM shards WHERE {condition} ORDER BY id", values).fetchall()
+        return [
+            Shard(r["id"], r["split"], self.path(r["id"], r["split"]), r["num_clips"], r["sha256"], r["covered"] or b"")
+            for r in rows
+        ]
+
+    def books(self) -> Books:
+        """Where every clip is. One transaction, so the sums belong together."""
+        with self.transaction():
+            totals = self.totals()
+            return Books(
+                cut=totals["cut"],
+                ready=self._sum("num_clips - num_covered", "split = 'train' AND state = 'ready'"),
+                leased=self._sum("num_clips - num_covered", "split = 'train' AND state IN ('leased', 'retiring')"),
+                trained=self._sum("num_covered", "split = 'train'") + totals["trained"],
+                validation=self._sum("num_clips", "split != 'train' AND state IN ('ready', 'retiring')"),
+                retired_validation=totals["retired validation"],
+                quarantined=self._sum("num_clips - num_covered", "state = 'quarantined'"),
+            )
+
+    def disagreements(self) -> list[str]:
+        """What ledger and folders say differently, and books that do not balance; empty if all is well.
+
+        Shards that a living worker is writing are left out: their files come and go.
+        """
+        found = [f"the books are off by {self.books().balance()} clips"] if self.books().balance() else []
+        writing = {r["id"] for r in self.db.execute("SELECT id FROM shards WHERE state = 'writing'")}
+        expected = {
+            self.path(r["id"], r["split"]): r["num_bytes"]
+            for r in self.db.execute("SELECT * FROM shards WHERE state IN ('ready', 'leased')")
+        }
+        files = {p: p.stat().st_size for folder in ("shards", "val") for p in (self.root / folder).iterdir()}
+        for path, num_bytes in expected.items():
+            if path not in files:
+                found.append(f"{path} is in the ledger, but there is no such file")
+            elif files[path] != num_bytes:
+                found.append(f"{path} has {files[path]} bytes, the ledger says {num_bytes}")
+        for path in files.keys() - expected.keys():
+            if int(path.name.split(".")[0]) not in writing:
+                found.append(f"{path} is on the disk, but not in the ledger")
+        return found
+
+
+def _fsync_file(path: Path) -> None:
+    with path.open("rb") as f:
+        os.fsync(f.fileno())

@@ -1,0 +1,114 @@
+"""What stands in a ledger: its tables, and the records that cross its border.
+
+Clips are the unit of every count, bytes of every size; a shard has one id and up to two parts (train, and one kind of
+validation), each a row of its own once the shard is finished.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS tars (
+    position INTEGER PRIMARY KEY,                -- in the seeded permutation
+    name TEXT NOT NULL UNIQUE,
+    num_bytes INTEGER NOT NULL,
+    state TEXT NOT NULL DEFAULT 'waiting' CHECK (state IN ('waiting', 'open', 'done', 'broken')),
+    offset INTEGER NOT NULL DEFAULT 0,           -- the cursor: first byte of a recording,
+    next_clip INTEGER NOT NULL DEFAULT 0,        -- the next clip of that recording,
+    is_held_out INTEGER NOT NULL DEFAULT 0,      -- and whether its first clips went to validation
+    owner TEXT,
+    problem TEXT
+) STRICT;
+CREATE TABLE IF NOT EXISTS shards (
+    id INTEGER NOT NULL,
+    split TEXT NOT NULL CHECK (split IN ('train', 'anchor', 'recent')),
+    state TEXT NOT NULL CHECK (state IN ('writing', 'ready', 'leased', 'retiring', 'quarantined')),
+    owner TEXT,                                  -- of the process that writes or trains
+    run TEXT,                                    -- training history that leased it last
+    num_bytes INTEGER NOT NULL,                  -- while writing: reserved for all parts of this id
+    num_clips INTEGER NOT NULL DEFAULT 0,
+    sha256 TEXT,
+    covered BLOB,                                -- a bit per clip: trained on in the newest durable checkpoint
+    num_covered INTEGER NOT NULL DEFAULT 0,
+    num_covered_before INTEGER NOT NULL DEFAULT 0,  -- the same in the second-newest
+    num_read INTEGER NOT NULL DEFAULT 0,         -- handed to the trainer so far; a report, no authority
+    problem TEXT,
+    PRIMARY KEY (id, split)
+) STRICT;
+CREATE INDEX IF NOT EXISTS shards_by_state ON shards (state, split, id);
+CREATE TABLE IF NOT EXISTS totals (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
+"""
+TRAIN, ANCHOR, RECENT = "train", "anchor", "recent"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes two lakes the same lake. A run that disagrees in any field is refused."""
+
+    source: str
+    revision: str
+    seed: int
+    clip_samples: int
+    shard_clips: int
+    val_fraction: float
+    """share of the recordings that is held out by hash, as `recent` validation"""
+    val_clips: int
+    """size of each of the two validation sets, `anchor` and `recent`"""
+    num_nodes: int = 1
+    node_rank: int = 0
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where reading stands in one source tar."""
+
+    position: int
+    name: str
+    num_bytes: int
+    offset: int
+    next_clip: int
+    is_held_out: bool = False
+    """the first clips of the recording under the cursor are validation, so the rest must be"""
+    state: str = "open"
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of a finished shard."""
+
+    split: str
+    num_clips: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A finished shard as a trainer sees it. `covered` holds a bit per clip, least significant first."""
+
+    id: int
+    split: str
+    path: Path
+    num_clips: int
+    sha256: str
+    covered: bytes
+
+
+@dataclass(frozen=True)
+class Books:
+    """Where every clip that was ever cut is now. `cut` is counted on its own; the others must add up to it."""
+
+    cut: int
+    ready: int
+    leased: int
+    trained: int
+    validation: int
+    retired_validation: int
+    quarantined: int
+
+    def balance(self) -> int:
+        """Clips that are unaccounted for; 0 unless something is wrong."""
+        parts = (self.ready, self.leased, self.trained, self.validation, self.retired_validation, self.quarantined)
+        return self.cut - sum(parts)
