@@ -14,7 +14,7 @@ import hashlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -90,11 +90,13 @@ class Reader:
 
 @dataclass
 class Draft:
-    """A shard in the making. The clips are held in memory, 64 KB each, so that they can be permuted before writing."""
+    """A shard in the making. The clips are held in memory, 64 kB each, so that they can be permuted before writing."""
 
     clips: dict[str, list[Clip]] = field(default_factory=lambda: {TRAIN: [], ANCHOR: [], RECENT: []})
     counts: Counter[str] = field(default_factory=Counter)
     cursors: dict[int, Cursor] = field(default_factory=dict)
+    groups: set[str] = field(default_factory=set)
+    """what `clips` belong to; kept for the anchor only"""
 
     def num_clips(self) -> int:
         """Clips of all parts together."""
@@ -114,25 +116,25 @@ def split_of(group: str, seed: int, val_fraction: float) -> str:
 
 
 def next_recording(reader: Reader, counts: Counter[str]) -> bool:
-    """Move to the next recording that can be cut; count what is passed over. False when the tar has no more."""
-    for recording in reader.recordings:
-        counts["recordings"] += reader.cursor.next_clip == 0  # else it was counted when its first clips were cut
-        problem = recording.problem
-        if problem is None:
-            try:
-                reader.samples = decode(recording.audio)
-            except DecodeError as e:
-                problem = e.reason
-            else:
-                if len(reader.samples) < CLIP_SAMPLES:
-                    problem = "shorter than a clip"
-        if problem is None:
-            reader.recording = recording
-            reader.cursor = replace(reader.cursor, offset=recording.offset)
-            return True
+    """Move to the next recording, or count why it is passed over. False when the tar has no more."""
+    recording = next(reader.recordings, None)
+    if recording is None:
+        return False
+    counts["recordings"] += reader.cursor.next_clip == 0  # else it was counted when its first clips were cut
+    problem = recording.problem
+    if problem is None:
+        try:
+            reader.samples = decode(recording.audio)
+            problem = "shorter than a clip" if len(reader.samples) < CLIP_SAMPLES else None
+        except DecodeError as e:
+            problem = e.reason
+    if problem is None:
+        reader.recording = recording
+        reader.cursor = replace(reader.cursor, offset=recording.offset)
+    else:
         counts[f"skipped: {problem}"] += 1
-        reader.cursor = replace(reader.cursor, offset=recording.end, next_clip=0, is_held_out=False)
-    return False
+        reader.cursor = replace(reader.cursor, offset=recording.end, next_clip=0)
+    return True
 
 
 def cut(reader: Reader, draft: Draft, split: str, room: int) -> None:
@@ -145,34 +147,39 @@ def cut(reader: Reader, draft: Draft, split: str, room: int) -> None:
             key=recording.key,
             start=start,
             source_s=len(reader.samples) / SAMPLE_RATE,
-            caption=str(recording.metadata.get("caption", "")),
-            samples=reader.samples[start : start + CLIP_SAMPLES],
+            caption=str(recording.metadata.get("caption") or ""),
+            samples=reader.samples[start : start + CLIP_SAMPLES].copy(),  # a view would keep the whole recording
         )
         for start in starts[first : first + room]
     ]
     if first + room < len(starts):
-        reader.cursor = replace(reader.cursor, next_clip=first + room, is_held_out=split != TRAIN)
+        reader.cursor = replace(reader.cursor, next_clip=first + room)
     else:
-        reader.cursor = replace(reader.cursor, offset=recording.end, next_clip=0, is_held_out=False)
+        reader.cursor = replace(reader.cursor, offset=recording.end, next_clip=0)
         reader.recording = None
 
 
-def advance(reader: Reader, draft: Draft, config: Config, room: int, split: str | None) -> bool:
-    """Cut one recording, or what fits of it, into the draft. False when the reader's tar is done or broken."""
+def advance(reader: Reader, draft: Draft, room: int, split: Callable[[str], str]) -> bool:
+    """Cut one recording, or what fits of it, into the draft. False when the reader's tar is done or broken.
+
+    Args:
+        split: from the recording's group to the part that its clips belong to.
+    """
     try:
-        has_recording = reader.recording is not None or next_recording(reader, draft.counts)
+        has_more = reader.recording is not None or next_recording(reader, draft.counts)
     except TarBroken as e:
         draft.counts["broken tars"] += 1
         print(f"{reader.cursor.name} is broken: {e}", file=sys.stderr)
         reader.cursor = replace(reader.cursor, state="broken", problem=str(e))
-        has_recording = False
-    if has_recording:
-        by_hash = split_of(group_of(reader.recording), config.seed, config.val_fraction)
-        cut(reader, draft, split or (RECENT if reader.cursor.is_held_out else by_hash), room)
-    elif reader.cursor.state == "open":
+        has_more = False
+    if reader.recording is not None:
+        group = group_of(reader.recording)
+        draft.groups.add(group)
+        cut(reader, draft, split(group), room)
+    elif not has_more and reader.cursor.state == "open":
         reader.cursor = replace(reader.cursor, state="done", offset=reader.cursor.num_bytes, next_clip=0)
     draft.cursors[reader.cursor.position] = reader.cursor
-    return has_recording
+    return has_more
 
 
 class Worker:
@@ -201,14 +208,17 @@ class Worker:
     def fill(self, shard_id: int) -> Draft:
         """Draw recordings from the open tars at random until the shard is full, the tars are done, or a stop."""
         draft, rng = Draft(), np.random.default_rng([self.config.seed, shard_id])
+        anchor_groups = self.lake.anchor_groups()
+
+        def split(group: str) -> str:
+            return RECENT if group in anchor_groups else split_of(group, self.config.seed, self.config.val_fraction)
+
         self.open_tars(self.config.open_tars)
         while self.readers and (room := self.config.shard_clips - draft.num_clips()) > 0 and not self.stop:
             chosen = int(rng.integers(len(self.readers)))
-            if not advance(self.readers[chosen], draft, self.config, room, split=None):
+            if not self.advance(self.readers[chosen], draft, room, split):
                 self.readers.pop(chosen)
                 self.open_tars(self.config.open_tars)
-            self.check_source(draft.counts)
-            self.heartbeat.beat(self.counts["recordings"] + draft.counts["recordings"], clips=self.counts["cut"])
         return draft
 
     def fill_anchor(self) -> Draft:
@@ -216,13 +226,20 @@ class Worker:
         draft = Draft()
         self.open_tars(ANCHOR_TARS)
         share = -(-self.config.val_clips // max(1, len(self.readers)))
-        for reader in list(self.readers):
+        for reader in self.readers:
             target = min(self.config.val_clips, draft.num_clips() + share)
             while (room := target - draft.num_clips()) > 0 and not self.stop:
-                if not advance(reader, draft, self.config, room, split=ANCHOR):
+                if not self.advance(reader, draft, room, lambda group: ANCHOR):
                     break
         self.readers.clear()  # other workers may take these tars as soon as the cursors are published
         return draft
+
+    def advance(self, reader: Reader, draft: Draft, room: int, split: Callable[[str], str]) -> bool:
+        """`advance`, and after each recording a look at how it goes."""
+        has_more = advance(reader, draft, room, split)
+        self.check_source(draft.counts)
+        self.heartbeat.beat(self.counts["recordings"] + draft.counts["recordings"], clips=self.counts["cut"])
+        return has_more
 
     def check_source(self, counts: Counter[str]) -> None:
         """Raise SourceBroken if most of the first recordings that this worker saw could not be read."""
@@ -234,7 +251,7 @@ class Worker:
                 f"{report(seen)}; look at the source, nothing was written from them"
             )
 
-    def write(self, shard_id: int, draft: Draft) -> None:
+    def write(self, shard_id: int, draft: Draft, anchor_groups: Iterable[str]) -> None:
         """Permute the clips, write the parts and publish them with the cursors."""
         rng, parts = np.random.default_rng([self.config.seed, shard_id, 1]), []
         for split, clips in draft.clips.items():
@@ -242,7 +259,7 @@ class Worker:
                 order = rng.permutation(len(clips))
                 sha256 = write_shard(self.lake.path(shard_id, split, ".tar.part"), [clips[i] for i in order])
                 parts.append(Part(split, len(clips), shard_bytes(len(clips)), sha256))
-        self.lake.publish(shard_id, parts, list(draft.cursors.values()), draft.counts)
+        self.lake.publish(shard_id, parts, list(draft.cursors.values()), draft.counts, anchor_groups)
         self.lake.retire_recent(self.config.val_clips)
         self.counts += draft.counts + Counter(cut=draft.num_clips())
         self.progress.update(draft.num_clips())
@@ -255,12 +272,17 @@ class Worker:
         num_clips = self.config.val_clips if is_anchor else self.config.shard_clips
         split = ANCHOR if is_anchor else TRAIN
         shard_id = self.lake.begin_shard(self.owner.id, reservation_bytes(num_clips), split)
+        if shard_id is None:
+            return True
         try:
             draft = self.fill_anchor() if is_anchor else self.fill(shard_id)
         except SourceBroken:
             self.lake.abandon(shard_id)
             raise
-        self.write(shard_id, draft)
+        if is_anchor and self.stop:  # half an anchor would stay half for the lake's whole life
+            self.lake.abandon(shard_id)
+            return False
+        self.write(shard_id, draft, anchor_groups=draft.groups if is_anchor else ())
         if is_anchor:
             self.lake.free_tars(self.owner.id)
         return bool(draft.cursors) and not self.stop
@@ -287,11 +309,18 @@ def join_lake(config: Config) -> tuple[FolderSource, Lake]:
         val_clips=config.val_clips,
     )
     tars = {tar.name: tar.num_bytes for tar in source.tars}
+    cap_bytes = round(config.cap_gb * GIB)
+    needed_bytes = reservation_bytes(config.val_clips) + reservation_bytes(config.shard_clips)
+    if cap_bytes < needed_bytes:
+        raise UserError(
+            f"a cap of {gib(cap_bytes)} is too small for one shard of {config.shard_clips} clips and the anchor of "
+            f"{config.val_clips}, {gib(needed_bytes)} together; raise --cap-gb"
+        )
     lake = Lake.create(
         config.lake,
         identity,
         tars,
-        cap_bytes=round(config.cap_gb * GIB),
+        cap_bytes=cap_bytes,
         reservation_bytes=reservation_bytes(config.shard_clips),
         max_workers=config.max_workers,
     )

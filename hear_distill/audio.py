@@ -13,6 +13,7 @@ import soxr
 
 SAMPLE_RATE = 16_000
 CLIP_SAMPLES = 32_000  # 2 s: the only length that HeAR takes
+MIN_RATE_HZ, MAX_RATE_HZ = 4_000, 384_000  # a header is not to be trusted: at 1 Hz, 300 kB become gigabytes
 BLOCK_FRAMES = 1 << 20  # decoding unit; bounds the float32 copy of a two-hour recording to about 8 MiB
 
 
@@ -57,17 +58,19 @@ def downmix(frames: np.ndarray) -> np.ndarray:
 
 
 def to_int16(samples: np.ndarray) -> np.ndarray:
-    """Float in [-1, 1] to int16, rounded; louder samples are clipped, as a decoder to 16 bits would."""
-    return np.rint(np.clip(samples, -1.0, 1.0) * 32767.0).astype(np.int16)
+    """Float in [-1, 1) to int16, rounded; louder samples are clipped. What was 16 bits before comes back unchanged."""
+    return np.clip(np.rint(samples * 32768.0), -32768, 32767).astype(np.int16)
 
 
 def decode(data: bytes) -> np.ndarray:
     """MP3, FLAC, OGG or WAV bytes -> [n] int16, mono, 16 kHz.
 
-    Reads to the end in blocks: the frame count in the header is wrong for MP3 without a Xing tag.
+    Reads in blocks until the decoder gives no more. An MP3 of variable bit rate without a Xing tag may end early there:
+    libsndfile stops at its own estimate of the length.
 
     Raises:
-        DecodeError: reason `undecodable` (not audio, or broken), `empty` (no samples), `not finite` (NaN or infinity).
+        DecodeError: reason `undecodable` (not audio, broken, or of an absurd rate), `empty` (no samples), `not finite`
+            (NaN or infinity).
     """
     try:
         blocks = list(_resampled_blocks(data))
@@ -82,6 +85,8 @@ def decode(data: bytes) -> np.ndarray:
 def _resampled_blocks(data: bytes) -> Iterator[np.ndarray]:
     """Yield [n] int16 at 16 kHz, block by block. A stateful resampler: no seam between blocks."""
     with soundfile.SoundFile(io.BytesIO(data)) as file:
+        if not MIN_RATE_HZ <= file.samplerate <= MAX_RATE_HZ:
+            raise DecodeError("undecodable", f"a sample rate of {file.samplerate} Hz")
         resampler = soxr.ResampleStream(file.samplerate, SAMPLE_RATE, num_channels=1, dtype="float32", quality="HQ")
         is_last = False
         while not is_last:

@@ -7,6 +7,7 @@ python STAGE.py ... --check          parse and check everything, then exit witho
 """
 
 import io
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
@@ -76,7 +77,7 @@ def _parse_flags(default: C, argv: Sequence[str]) -> C:
         with redirect_stderr(boxed):
             return tyro.cli(
                 type(default),
-                args=argv,
+                args=join_values(argv),
                 default=default,
                 description="",
                 config=(tyro.conf.FlagCreatePairsOff,),
@@ -89,9 +90,19 @@ def _parse_flags(default: C, argv: Sequence[str]) -> C:
 
 def unbox(text: str) -> str:
     """The first sentence of one of tyro's boxes, with its suggestion, on one line."""
-    lines = [line.strip("│╭╮╰╯ \n") for line in text.splitlines()[1:]]
-    rules = [i for i, line in enumerate(lines) if line and not line.strip("─")] or [len(lines)]
-    message = " ".join(lines[: rules[0]])
-    suggestions = [line.split()[0] for line in lines[rules[0] :] if line.startswith("--")]
-    hint = f"; did you mean {suggestions[0]}?" if "Perhaps you meant:" in lines and suggestions else ""
-    return f"{message.removeprefix('Error parsing Config: ')}{hint} (all flags: --help)"
+    # Rules part a box; the title stands before the first of them, or inside it where the terminal knows no UTF-8.
+    _, message, *rest = ([line.strip("│|╭╰ ") for line in part.splitlines()] for part in re.split("[─-]{5,}", text))
+    suggestions = [line.split()[0] for part in rest for line in part if line.startswith("--")]
+    hint = f"; did you mean {suggestions[0]}?" if "Perhaps you meant" in text and suggestions else ""
+    return f"{' '.join(filter(None, message)).removeprefix('Error parsing Config: ')}{hint} (all flags: --help)"
+
+
+def join_values(argv: Sequence[str]) -> list[str]:
+    """`--train-args VALUE` as one word: a value that is itself a flag would be taken for the next one."""
+    joined: list[str] = []
+    for argument in argv:
+        if joined and joined[-1].endswith("-args"):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined

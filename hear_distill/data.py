@@ -8,6 +8,7 @@ number of the batch and what is open, so a trainer that resumes from a checkpoin
 """
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,7 +87,7 @@ class LakeReader:
 
     def next_batch(self, batch_size: int) -> Batch | None:
         """`batch_size` clips; None if the open shards hold fewer and no other is ready now."""
-        self._open_more()
+        self._open_more(batch_size)
         unread = {shard_id: shard.unread() for shard_id, shard in self.shards.items() if shard.fd >= 0}
         ends = np.cumsum([len(clips) for clips in unread.values()])
         if not unread or ends[-1] < batch_size:
@@ -103,9 +104,9 @@ class LakeReader:
         self.num_batches += 1
         return Batch(samples, ids)
 
-    def _open_more(self) -> None:
-        """Lease ready shards until `num_open` have unread clips."""
-        while sum(shard.fd >= 0 for shard in self.shards.values()) < self.num_open:
+    def _open_more(self, batch_size: int) -> None:
+        """Lease ready shards until `num_open` have unread clips, and these are enough for a batch."""
+        while sum(shard.fd >= 0 for shard in self.shards.values()) < self.num_open or self.num_unread() < batch_size:
             shard = self.lake.lease(self.owner.id, self.run)
             if shard is None:
                 return
@@ -116,6 +117,7 @@ class LakeReader:
         try:
             verify_shard(shard.path, shard.num_clips, shard.sha256)
         except ShardBroken as e:
+            print(f"WARNING: shard {shard.id} is quarantined: {e}", file=sys.stderr)
             self.lake.quarantine(shard.id, shard.split, str(e))
             return
         opened = self.shards[shard.id] = OpenShard(shard)

@@ -107,7 +107,13 @@ def is_locked(lock: Path) -> bool:
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` whole with `value` as indented JSON. NaN and infinity are refused: other readers choke on them."""
     with atomic_write(path) as f:
-        f.write((json.dumps(value, indent=1, allow_nan=False, default=str) + "\n").encode())
+        f.write((json.dumps(value, indent=1, allow_nan=False, default=_path_as_text) + "\n").encode())
+
+
+def _path_as_text(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no place in JSON")
 
 
 def gib(num_bytes: float) -> str:

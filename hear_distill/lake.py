@@ -18,13 +18,13 @@ import os
 import sqlite3
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from hear_distill.files import UserError, crash_point, fsync_folder, is_locked
-from hear_distill.schema import RECENT, SCHEMA, TRAIN, Books, Cursor, Identity, Part, Shard
+from hear_distill.schema import ANCHOR, RECENT, SCHEMA, TRAIN, Books, Cursor, Identity, Part, Shard
 
 LOCK_WAIT_S = 60.0
 
@@ -45,8 +45,12 @@ class Owner:
         self.id = f"{role}-{uuid.uuid4().hex[:8]}"
         self.path = root / "owners" / f"{self.id}.lock"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("w")
-        fcntl.flock(self.file, fcntl.LOCK_EX)
+        while True:  # until the lock is on it, `sweep` may take the new file for a dead owner's and delete it
+            self.file = self.path.open("w")
+            fcntl.flock(self.file, fcntl.LOCK_EX)
+            if self.path.exists():
+                return
+            self.file.close()
 
     def release(self) -> None:
         """Leave in good order. Death has the same effect, later: the kernel drops the lock."""
@@ -139,6 +143,10 @@ class Lake:
                 if not self.is_alive(row["owner"]):
                     self.free_tars(row["owner"])
         self._move_quarantined()
+        for lock in (self.root / "owners").iterdir():
+            with lock.open() as f, suppress(BlockingIOError):
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock.unlink()  # under its own lock, so nobody alive can hold it
 
     def _forget_unfinished(self, shard_id: int) -> None:
         """Delete a shard under either name, then its reservation. The cursors never moved, so it will be cut again."""
@@ -162,18 +170,17 @@ class Lake:
                 self.db.execute(
                     "UPDATE tars SET owner = ?, state = 'open' WHERE position = ?", (owner, row["position"])
                 )
-        return [
-            Cursor(r["position"], r["name"], r["num_bytes"], r["offset"], r["next_clip"], bool(r["is_held_out"]))
-            for r in rows
-        ]
+        return [Cursor(r["position"], r["name"], r["num_bytes"], r["offset"], r["next_clip"]) for r in rows]
 
     def free_tars(self, owner: str) -> None:
         """Give all cursors of `owner` back, where they stood at its last finished shard."""
         self.db.execute("UPDATE tars SET owner = NULL WHERE owner = ?", (owner,))
 
-    def begin_shard(self, owner: str, num_bytes: int, split: str = TRAIN) -> int:
-        """Reserve `num_bytes` under the cap and return the new shard's id. Raises LakeFull."""
+    def begin_shard(self, owner: str, num_bytes: int, split: str = TRAIN) -> int | None:
+        """Reserve `num_bytes` under the cap: the new shard's id, or None for a second anchor. Raises LakeFull."""
         with self.transaction():
+            if split == ANCHOR and self.has_anchor():
+                return None
             if self.used_bytes() + num_bytes > self.cap_bytes():
                 raise LakeFull(f"{self.used_bytes()} of {self.cap_bytes()} bytes are in use, {num_bytes} more needed")
             shard_id = self._add("next_shard_id", 1) - 1
@@ -184,11 +191,19 @@ class Lake:
         crash_point("shard-reserved")
         return shard_id
 
-    def publish(self, shard_id: int, parts: Sequence[Part], cursors: Sequence[Cursor], counts: Counter[str]) -> None:
+    def publish(
+        self,
+        shard_id: int,
+        parts: Sequence[Part],
+        cursors: Sequence[Cursor],
+        counts: Counter[str],
+        anchor_groups: Iterable[str] = (),
+    ) -> None:
         """Finish a shard whose parts are written as .tar.part: make them durable, name them, and move the cursors.
 
         Clips and cursors change in one transaction, so each clip of the source is in exactly one finished shard. An
-        empty list of parts is allowed: recordings that gave no clip have been read all the same.
+        empty list of parts is allowed: recordings that gave no clip have been read all the same. `anchor_groups` are
+        the recordings and videos that must never be trained on, here or later.
         """
         crash_point("shard-written")
         for part in parts:
@@ -202,7 +217,10 @@ class Lake:
         self._fsync_folders()
         crash_point("shard-renamed")
         with self.transaction():
-            self.db.execute("DELETE FROM shards WHERE id = ? AND state = 'writing'", (shard_id,))
+            (row,) = self.db.execute(
+                "DELETE FROM shards WHERE id = ? AND state = 'writing' RETURNING num_bytes", (shard_id,)
+            ).fetchall()
+            assert sum(part.num_bytes for part in parts) <= row["num_bytes"], "the parts exceed their reservation"
             for part in parts:
                 self.db.execute(
                     "INSERT INTO shards (id, split, state, num_bytes, num_clips, sha256)"
@@ -211,13 +229,11 @@ class Lake:
                 )
             for cursor in cursors:
                 self.db.execute(
-                    "UPDATE tars SET offset = ?, next_clip = ?, is_held_out = ?, state = ?, problem = ?"
-                    " WHERE position = ?",
-                    (
-                        *(cursor.offset, cursor.next_clip, cursor.is_held_out),
-                        *(cursor.state, cursor.problem, cursor.position),
-                    ),
+                    "UPDATE tars SET offset = ?, next_clip = ?, state = ?, problem = ? WHERE position = ?",
+                    (cursor.offset, cursor.next_clip, cursor.state, cursor.problem, cursor.position),
                 )
+            groups = [(group.encode(errors="surrogatepass").hex(),) for group in anchor_groups]
+            self.db.executemany("INSERT OR IGNORE INTO anchor_groups VALUES (?)", groups)
             for name, count in (counts + Counter({"cut": sum(part.num_clips for part in parts)})).items():
                 self._add(name, count)
         crash_point("shard-ready")
@@ -248,7 +264,7 @@ class Lake:
                 if self.is_alive(row["owner"]):
                     continue
                 covered = row["covered"] if row["run"] != run else None
-                self._set_coverage(row["id"], covered, num_covered_before=0)
+                self._set_coverage(row["id"], covered)
                 self.db.execute(
                     "UPDATE shards SET state = 'ready', owner = NULL WHERE id = ? AND split = 'train'", (row["id"],)
                 )
@@ -257,7 +273,7 @@ class Lake:
                     "SELECT state FROM shards WHERE id = ? AND split = 'train'", (shard_id,)
                 ).fetchone()
                 if row is not None and row["state"] == "ready":
-                    self._set_coverage(shard_id, covered, num_covered_before=0)
+                    self._set_coverage(shard_id, covered)
                     self._lease(shard_id, owner, run)
             return [s for i in coverage for s in self._shards("id = ? AND owner = ? AND state = 'leased'", i, owner)]
 
@@ -281,12 +297,11 @@ class Lake:
             (owner, run, shard_id),
         )
 
-    def _set_coverage(self, shard_id: int, covered: bytes | None, num_covered_before: int) -> None:
+    def _set_coverage(self, shard_id: int, covered: bytes | None) -> None:
         num_covered = int.from_bytes(covered or b"", "little").bit_count()
         self.db.execute(
-            "UPDATE shards SET covered = ?, num_covered = ?, num_read = ?, num_covered_before = ?"
-            " WHERE id = ? AND split = 'train'",
-            (covered, num_covered, num_covered, num_covered_before, shard_id),
+            "UPDATE shards SET covered = ?, num_covered = ?, num_read = ? WHERE id = ? AND split = 'train'",
+            (covered, num_covered, num_covered, shard_id),
         )
 
     def report_read(self, num_read: Mapping[int, int]) -> None:
@@ -307,7 +322,7 @@ class Lake:
             for row in self.db.execute(
                 "SELECT id, num_clips, num_covered FROM shards WHERE state = 'leased' AND owner = ?", (owner,)
             ).fetchall():
-                self._set_coverage(row["id"], coverage.get(row["id"]), num_covered_before=row["num_covered"])
+                self._set_coverage(row["id"], coverage.get(row["id"]))
                 if row["num_covered"] == row["num_clips"]:
                     self.db.execute(
                         "UPDATE shards SET state = 'retiring' WHERE id = ? AND split = 'train'", (row["id"],)
@@ -336,7 +351,9 @@ class Lake:
     def release(self, owner: str) -> None:
         """Give the leases of a trainer that leaves in good order back, less what its newest checkpoint covers."""
         self.db.execute(
-            "UPDATE shards SET state = 'ready', owner = NULL WHERE state = 'leased' AND owner = ?", (owner,)
+            "UPDATE shards SET state = 'ready', owner = NULL, num_read = num_covered"
+            " WHERE state = 'leased' AND owner = ?",
+            (owner,),
         )
 
     def quarantine(self, shard_id: int, split: str, problem: str) -> None:
@@ -420,6 +437,11 @@ class Lake:
         is_coming = self._sum("1", "state = 'writing' OR (state = 'ready' AND split = 'train')")
         return not (states["waiting"] or states["open"] or is_coming)
 
+    def anchor_groups(self) -> set[str]:
+        """Recordings, or videos, with clips in the anchor validation."""
+        rows = self.db.execute("SELECT name FROM anchor_groups").fetchall()
+        return {bytes.fromhex(row["name"]).decode(errors="surrogatepass") for row in rows}
+
     def has_anchor(self) -> bool:
         """Whether the anchor validation is cut, or a living worker is at it."""
         return bool(self._sum("1", "split = 'anchor'")) or int(self.setting("val_clips")) == 0
@@ -455,19 +477,21 @@ class Lake:
         Shards that a living worker is writing are left out: their files come and go.
         """
         found = [f"the books are off by {self.books().balance()} clips"] if self.books().balance() else []
-        writing = {r["id"] for r in self.db.execute("SELECT id FROM shards WHERE state = 'writing'")}
-        expected = {
-            self.path(r["id"], r["split"]): r["num_bytes"]
-            for r in self.db.execute("SELECT * FROM shards WHERE state IN ('ready', 'leased')")
-        }
-        files = {p: p.stat().st_size for folder in ("shards", "val") for p in (self.root / folder).iterdir()}
+        with self.transaction():  # nothing is published, leased or retired while we look
+            rows = self.db.execute("SELECT * FROM shards WHERE state != 'quarantined'").fetchall()
+            folders = (self.root / "shards", self.root / "val")
+            files = {path: path.stat().st_size for folder in folders for path in folder.glob("*.tar")}
+            files |= {path: -1 for folder in folders for path in folder.iterdir() if path.suffix != ".tar"}
+        expected = {self.path(r["id"], r["split"]): r["num_bytes"] for r in rows if r["state"] in ("ready", "leased")}
+        writing = {f"{r['id']:08d}" for r in rows if r["state"] == "writing" and self.is_alive(r["owner"])}
+        retiring = {f"{r['id']:08d}" for r in rows if r["state"] == "retiring"}
         for path, num_bytes in expected.items():
             if path not in files:
                 found.append(f"{path} is in the ledger, but there is no such file")
             elif files[path] != num_bytes:
                 found.append(f"{path} has {files[path]} bytes, the ledger says {num_bytes}")
         for path in files.keys() - expected.keys():
-            if int(path.name.split(".")[0]) not in writing:
+            if path.name.split(".")[0] not in writing | retiring:
                 found.append(f"{path} is on the disk, but not in the ledger")
         return found
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hear_distill.files import atomic_write, write_json
 
 HEARTBEAT_S = 2.0
 SUPERVISOR_FD = "HEAR_SUPERVISOR_FD"  # read end of a pipe that the supervisor holds open while it lives
+LOOK_UP_S = 0.05  # how late a sleeping process notices that it should stop
 SECONDS_TO_END = 20.0  # from the closed pipe to the hard end; a checkpoint on a slow disk fits
 
 
@@ -54,11 +56,19 @@ class Metrics:
         self.file = self.path.open("a")
 
     def log(self, step: int, **values: float) -> None:
-        """Append one line. A non-finite value is written as null, which is what other JSON readers accept."""
-        line = {"step": step, "time": time.time()}
-        line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+        """Append one line; a value that is not finite is written as null."""
+        line = {"step": step, "time": time.time(), **finite_or_null(values)}
         self.file.write(json.dumps(line, allow_nan=False) + "\n")
         self.file.flush()
+
+    def close(self) -> None:
+        """Every line is on its way to the disk already."""
+        self.file.close()
+
+
+def finite_or_null(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity; other programs read null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -84,40 +94,51 @@ class Heartbeat:
     def beat(self, progress: int, force: bool = False, **values: Any) -> None:
         """Say how far this process has come; cheap enough to call in a loop."""
         if force or time.monotonic() >= self.next_write:
-            write_json(self.path, {**self.fixed, "progress": progress, "time": time.time(), **values})
+            write_json(self.path, {**self.fixed, "progress": progress, "time": time.time(), **finite_or_null(values)})
             self.next_write = time.monotonic() + HEARTBEAT_S
 
 
 def read_heartbeat(path: Path) -> dict[str, Any]:
     """The last heartbeat, or an empty dictionary if there was none yet."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:  # none yet, or its process has just left
+        return {}
 
 
 class StopRequest:
-    """True once SIGTERM or SIGINT arrived, or once the supervisor's pipe closed: finish what is in hand, then leave."""
+    """True once SIGTERM or SIGINT arrived, or once the supervisor's pipe closed: finish what is in hand, then leave.
+
+    A plain flag, because the lock inside a threading.Event may be held by the very code that a signal interrupts.
+    """
 
     def __init__(self) -> None:
-        self.event = threading.Event()
-        signal.signal(signal.SIGTERM, lambda *_: self.event.set())
+        self.is_set = False
+        signal.signal(signal.SIGTERM, self._on_terminate)
         signal.signal(signal.SIGINT, self._on_interrupt)
         if SUPERVISOR_FD in os.environ:
             threading.Thread(target=self._watch_supervisor, args=(int(os.environ[SUPERVISOR_FD]),), daemon=True).start()
 
     def __bool__(self) -> bool:
-        return self.event.is_set()
+        return self.is_set
 
-    def wait(self, seconds: float) -> bool:
-        """Sleep, but wake at once when asked to stop; returns whether to stop."""
-        return self.event.wait(seconds)
+    def wait(self, seconds: float) -> None:
+        """Sleep, but not on when asked to stop."""
+        end = time.monotonic() + seconds
+        while not self.is_set and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, LOOK_UP_S))
+
+    def _on_terminate(self, *_: Any) -> None:
+        self.is_set = True
 
     def _on_interrupt(self, *_: Any) -> None:
-        if self.event.is_set():
+        if self.is_set:
             sys.exit("interrupted twice: leaving at once")
-        print("interrupted: finishing what is in hand (press Ctrl-C again to leave at once)", file=sys.stderr)
-        self.event.set()
+        os.write(2, b"interrupted: finishing what is in hand (press Ctrl-C again to leave at once)\n")
+        self.is_set = True
 
     def _watch_supervisor(self, fd: int) -> None:
         os.read(fd, 1)  # nobody ever writes: this returns when the last holder of the other end is gone
-        self.event.set()
+        self.is_set = True
         time.sleep(SECONDS_TO_END)
         os._exit(1)

@@ -15,8 +15,7 @@ CREATE TABLE IF NOT EXISTS tars (
     num_bytes INTEGER NOT NULL,
     state TEXT NOT NULL DEFAULT 'waiting' CHECK (state IN ('waiting', 'open', 'done', 'broken')),
     offset INTEGER NOT NULL DEFAULT 0,           -- the cursor: first byte of a recording,
-    next_clip INTEGER NOT NULL DEFAULT 0,        -- the next clip of that recording,
-    is_held_out INTEGER NOT NULL DEFAULT 0,      -- and whether its first clips went to validation
+    next_clip INTEGER NOT NULL DEFAULT 0,        -- and the next clip of that recording
     owner TEXT,
     problem TEXT
 ) STRICT;
@@ -31,12 +30,14 @@ CREATE TABLE IF NOT EXISTS shards (
     sha256 TEXT,
     covered BLOB,                                -- a bit per clip: trained on in the newest durable checkpoint
     num_covered INTEGER NOT NULL DEFAULT 0,
-    num_covered_before INTEGER NOT NULL DEFAULT 0,  -- the same in the second-newest
     num_read INTEGER NOT NULL DEFAULT 0,         -- handed to the trainer so far; a report, no authority
     problem TEXT,
     PRIMARY KEY (id, split)
 ) STRICT;
 CREATE INDEX IF NOT EXISTS shards_by_state ON shards (state, split, id);
+CREATE TABLE IF NOT EXISTS anchor_groups (
+    name TEXT PRIMARY KEY                        -- a recording or a video, in hexadecimal: keys may be no valid text
+) STRICT;
 CREATE TABLE IF NOT EXISTS totals (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
 """
 TRAIN, ANCHOR, RECENT = "train", "anchor", "recent"
@@ -68,8 +69,6 @@ class Cursor:
     num_bytes: int
     offset: int
     next_clip: int
-    is_held_out: bool = False
-    """the first clips of the recording under the cursor are validation, so the rest must be"""
     state: str = "open"
     problem: str | None = None
 

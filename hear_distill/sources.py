@@ -19,6 +19,7 @@ from hear_distill.files import MIB, UserError
 
 AUDIO_SUFFIXES = ("mp3", "flac", "ogg", "opus", "wav")
 MAX_MEMBER_BYTES = 512 * MIB  # a tar header is not to be trusted; two hours of 320 kbit/s MP3 are 275 MiB
+MAX_PADDING_BYTES = MIB  # zeros that some writers leave behind the end; a download that was never finished has more
 
 
 class TarBroken(Exception):
@@ -47,6 +48,19 @@ class Recording:
     problem: str | None = "no audio member"
 
 
+class _Header(tarfile.TarInfo):
+    """tarfile takes a damaged or missing header for the end of the archive. Here only a block of zeros is the end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as e:
+            raise TarBroken(f"damaged header: {e}") from e
+
+
 class FolderSource:
     """A local folder of tars. `revision` is a hash of the names and sizes: it tells when the folder has changed."""
 
@@ -70,7 +84,7 @@ class FolderSource:
         """A stream of the tar's bytes from `offset` on, for the caller to close. Raises TarBroken if there is none."""
         try:
             stream = (self.folder / tar.name).open("rb")
-        except OSError as e:
+        except (FileNotFoundError, PermissionError) as e:
             raise TarBroken(f"cannot be opened: {e.strerror}") from e
         stream.seek(offset)
         return stream
@@ -81,11 +95,11 @@ def read_recordings(stream: BinaryIO, tar: Tar, offset: int) -> Iterator[Recordi
 
     Raises TarBroken where the tar ends early or turns into something else; all recordings before that were yielded.
     """
-    if offset >= tar.num_bytes:
+    if 0 < offset >= tar.num_bytes:
         return
     recording: Recording | None = None
     try:
-        with tarfile.open(fileobj=stream, mode="r|") as members:
+        with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header) as members:
             for member in members:
                 key, suffix = _split_name(member.name)
                 begin = offset + member.offset
@@ -96,12 +110,11 @@ def read_recordings(stream: BinaryIO, tar: Tar, offset: int) -> Iterator[Recordi
                     recording = Recording(key=key, offset=begin)
                 if member.isfile():
                     _add_member(recording, suffix, member, members)
-            end = offset + members.offset
+            padding = members.fileobj.read(MAX_PADDING_BYTES + 1)
+        if len(padding) > MAX_PADDING_BYTES or padding.strip(b"\0"):
+            raise TarBroken(f"no header behind byte {offset + members.offset}, and more than padding follows")
     except (tarfile.TarError, EOFError) as e:
         raise TarBroken(f"unreadable after byte {offset if recording is None else recording.offset}: {e}") from e
-    # tarfile takes a damaged header in mid-archive for the end; the end is real only if nothing but padding follows.
-    if tar.num_bytes - end > tarfile.RECORDSIZE:
-        raise TarBroken(f"no tar header at byte {end} of {tar.num_bytes}")
     if recording is not None:
         recording.end = tar.num_bytes
         yield recording
@@ -127,7 +140,7 @@ def _add_member(recording: Recording, suffix: str, member: tarfile.TarInfo, memb
     if suffix == "json":
         try:
             metadata = json.loads(content)
-        except ValueError:  # also a UnicodeDecodeError
+        except (ValueError, RecursionError):  # a UnicodeDecodeError is a ValueError
             recording.problem = "bad JSON"
             return
         recording.metadata = metadata if isinstance(metadata, dict) else {}
