@@ -1,0 +1,183 @@
+"""Checkpoints that are whole or absent, know their own hash, and run no code when they are read.
+
+in:   a dict of tensors, numbers, text, bytes, lists, tuples and dicts, at any depth
+out:  <folder>/latest.pt, <folder>/previous.pt (the one before it) and, on request, <folder>/best.pt
+
+Entry "sha256" of the saved dict is the digest of all its other entries: it proves the file whole and names it.
+"""
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hear_distill.files import UserError, crash_point, fsync_folder
+
+LATEST = "latest.pt"
+PREVIOUS = "previous.pt"
+BEST = "best.pt"
+SCALARS = (bool, int, float, str, type(None))
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, or not of this project. The text is one line: found, and what to do."""
+
+
+def save(folder: Path, state: dict[str, Any]) -> Path:
+    """Write `state` as <folder>/latest.pt; the checkpoint that stood there becomes previous.pt.
+
+    Once they exist, neither name is ever absent and each is a whole file: the new one is on the disk and has been read
+    back before any name moves, and a latest.pt that has lost its hash since is not kept. One writer per folder.
+
+    Raises:
+        TypeError: a value that cannot be read back without running code; the text says where in `state` it is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    latest, new = folder / LATEST, folder / (LATEST + ".tmp")
+    plain = {name: _plain(value, name) for name, value in state.items() if name != "sha256"}
+    with new.open("wb") as f:
+        torch.save({**plain, "sha256": digest(plain)}, f)
+        f.flush()
+        os.fsync(f.fileno())
+    load(new)
+    crash_point("checkpoint-written")
+
+    if latest.exists():
+        _keep_as_previous(folder)
+    crash_point("checkpoint-kept-previous")
+
+    new.replace(latest)
+    fsync_folder(folder)
+    crash_point("checkpoint-renamed")
+    return latest
+
+
+def keep_as_best(folder: Path) -> Path:
+    """Give <folder>/latest.pt the second name best.pt. Both share the bytes; the next `save` leaves best.pt alone."""
+    _link_over(folder / LATEST, folder / BEST)
+    return folder / BEST
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The dict that `save` wrote, with its "sha256", tensors on the CPU.
+
+    Raises:
+        CheckpointError: no such file, truncated, altered, a file of another program, or a pickle with code in it.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}; name a .pt file that the trainer wrote")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # flipping bits of one small file made torch raise 12 different exceptions, all meaning this
+        raise CheckpointError(
+            f"{path} is refused ({type(e).__name__}): it is truncated, damaged, or holds more than plain tensors, "
+            f"numbers and text; nothing in it was run. {_advice(path)}"
+        ) from e
+    if not isinstance(state, dict) or "sha256" not in state:
+        raise CheckpointError(f"{path} was not written by this project: it has no entry sha256. {_advice(path)}")
+    try:
+        found = digest({name: value for name, value in state.items() if name != "sha256"})
+    except (TypeError, RuntimeError) as e:  # a type that `save` never writes, a list inside itself, an absurd shape
+        raise CheckpointError(f"{path} holds what the trainer never writes: {e}. {_advice(path)}") from e
+    if found != state["sha256"]:
+        raise CheckpointError(
+            f"{path} is damaged: its content hashes to {found[:12]}, its sha256 says {state['sha256']!s:.12}. "
+            f"{_advice(path)}"
+        )
+    return state
+
+
+def load_newest(folder: Path) -> tuple[dict[str, Any], Path] | None:
+    """The newest whole checkpoint of `folder` and its path; None if the folder has none yet.
+
+    A damaged latest.pt is reported on stderr and previous.pt is taken. Raises CheckpointError if both are damaged.
+    """
+    latest, previous = folder / LATEST, folder / PREVIOUS
+    if not latest.exists() and not previous.exists():
+        return None
+    try:
+        return load(latest), latest
+    except CheckpointError as e:
+        problem = str(e)
+    try:
+        state = load(previous)
+    except CheckpointError as e:
+        raise CheckpointError(f"no whole checkpoint in {folder}: {problem} Nor is there one before it: {e}") from e
+    print(f"WARNING: {problem}\nWARNING: going back to the checkpoint before it, {previous}", file=sys.stderr)
+    return state, previous
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a nested value, equal for equal content: dict keys in any order, tensors with any strides."""
+    sha = hashlib.sha256()
+    _feed(sha.update, value)
+    return sha.hexdigest()
+
+
+def _feed(update: Callable[..., None], value: Any) -> None:
+    """Hand `value` to the hash. Every item starts with its type and length, so no two values give the same bytes."""
+    if type(value) is Tensor:
+        update(f"tensor {value.dtype} {tuple(value.shape)} {value.requires_grad}\n".encode())
+        update(value.contiguous().flatten().view(torch.uint8).numpy())  # NumPy has no bfloat16, so as bytes
+    elif type(value) is dict:
+        update(f"dict {len(value)}\n".encode())
+        for key in sorted(value, key=repr):
+            _feed(update, key)
+            _feed(update, value[key])
+    elif type(value) in (list, tuple):
+        update(f"{type(value).__name__} {len(value)}\n".encode())
+        for item in value:
+            _feed(update, item)
+    elif type(value) is bytes:
+        update(f"bytes {len(value)}\n".encode())
+        update(value)
+    elif type(value) in SCALARS:
+        update(f"{value!r}\n".encode())  # 1, 1.0, True and '1' are all written differently
+    else:
+        raise TypeError(f"{type(value).__name__} is not a plain value")
+
+
+def _plain(value: Any, where: str) -> Any:
+    """`value` in built-in containers with detached CPU tensors. `where` is its place in the state, for the error."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, Mapping):  # a module's state_dict is an OrderedDict with unhashed metadata hanging on it
+        return {key: _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(item, f"{where}[{i}]") for i, item in enumerate(value))
+    if type(value) is not bytes and type(value) not in SCALARS:
+        raise TypeError(
+            f"{where} is a {type(value).__name__}; a checkpoint holds plain values only, so convert it first"
+        )
+    return value
+
+
+def _keep_as_previous(folder: Path) -> None:
+    """Link latest.pt as previous.pt, unless it was damaged since: previous.pt is then the one that the run resumed."""
+    try:
+        load(folder / LATEST)
+    except CheckpointError as e:
+        print(f"WARNING: not kept as {PREVIOUS}: {e}", file=sys.stderr)
+    else:
+        _link_over(folder / LATEST, folder / PREVIOUS)
+
+
+def _link_over(source: Path, target: Path) -> None:
+    """Make `target` a second name of `source` in one step, so that `target` is the old file or the new one."""
+    tmp = target.with_name(target.name + ".tmp")
+    tmp.unlink(missing_ok=True)
+    os.link(source, tmp)
+    tmp.replace(target)
+    tmp.unlink(missing_ok=True)  # rename does nothing if both already name the same file
+    fsync_folder(target.parent)
+
+
+def _advice(path: Path) -> str:
+    """What to do about a bad file: the one before it if it stands beside it."""
+    previous = path.with_name(PREVIOUS)
+    return f"Use {previous}" if path != previous and previous.is_file() else "Use another .pt file of the same run"
