@@ -1,0 +1,482 @@
+"""Distil HeAR into a ViT-S with Canon2D layers.
+
+in:   the shards of a lake (from stream_laion_audio_clips.py, kept coming by datalake/run_lake.py); HeAR, frozen
+out:  <out>/{config.json, latest.pt, previous.pt, best.pt, metrics.jsonl, tensorboard/, progress.json, loss.png}
+cost: on a GPU not measured yet; the demo takes about two minutes on two cores
+
+    python distill_hear_vit_s_canon2d.py --lake lake        # the recommended run, on a GPU
+    python distill_hear_vit_s_canon2d.py paper              # the published losses, weights and batch
+    python distill_hear_vit_s_canon2d.py demo               # CPU, minutes, no network
+
+B clips   P = 192 x 128 spectrogram   D width of the trunk   E = 512 HeAR embedding
+"""
+
+import dataclasses
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from hear_distill import checkpoint, cli, demo
+from hear_distill.data import LakeReader, read_validation
+from hear_distill.files import UserError, alone, atomic_write, gib
+from hear_distill.frontend import MelPcen
+from hear_distill.lake import Lake, Owner
+from hear_distill.losses import LossWeights, distill_loss
+from hear_distill.runlog import Heartbeat, Metrics, StopRequest, read_metrics, write_config
+from hear_distill.schema import ANCHOR, RECENT
+from hear_distill.shards import shard_bytes
+from hear_distill.student import SIZES, Student, StudentConfig
+from hear_distill.teacher import Teacher, load_teacher
+
+PUBLISHED_WEIGHTS = LossWeights()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of the trainer. --out remembers the model; the rest may change when a run is resumed."""
+
+    lake: Path = Path("lake")
+    """the lake to train from"""
+    out: Path = Path("runs/hear-vit-s")
+    """run folder; an existing run is resumed"""
+    teacher: str = "google/hear-pytorch"
+    """hub id or local folder of HeAR"""
+    teacher_revision: str | None = None
+    """commit of the teacher on the hub; none = the newest, resolved once and written to config.json"""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """cpu is for the demo and for debugging"""
+    steps: int = 50_000
+    """optimiser steps of the whole run"""
+    batch_size: int = 512
+    """clips in one step"""
+    lr: float = 5e-4
+    """peak learning rate of AdamW"""
+    warmup_steps: int = 500
+    """steps from zero to the peak"""
+    decay_steps: int = 10_000
+    """steps from the peak to zero, at the end"""
+    weight_decay: float = 0.05
+    """of matrices; norms, biases and Canon kernels have none"""
+    open_shards: int = 8
+    """shards that a batch is drawn from"""
+    save_every: int = 200
+    """steps between checkpoints, each with a validation; the lake must hold the clips of two such intervals"""
+    log_every: int = 20
+    """steps between log lines"""
+    seed: int = 0
+    """of the initial weights and of the order of the clips"""
+    model: StudentConfig = SIZES["small"]
+    loss: LossWeights = PUBLISHED_WEIGHTS
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch_size, self.open_shards, self.save_every, self.log_every) < 1:
+            raise ValueError("--steps, --batch-size, --open-shards, --save-every and --log-every must be at least 1")
+        if self.batch_size < 2:
+            raise ValueError("--batch-size must be at least 2: two of the three losses compare clips with each other")
+        if not 0 <= self.warmup_steps + self.decay_steps <= self.steps:
+            raise ValueError(
+                f"--warmup-steps {self.warmup_steps} + --decay-steps {self.decay_steps} exceed --steps {self.steps}"
+            )
+        if self.save_every % self.log_every:
+            raise ValueError(f"--save-every {self.save_every} must be a multiple of --log-every {self.log_every}")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of optimiser step `step`, 0-based: warm up, hold, decay to zero."""
+        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        cool = min(1.0, (self.steps - step) / max(1, self.decay_steps))
+        return self.lr * warm * cool
+
+
+PRESETS = {
+    "best": Config(),
+    # The published rate follows the gradient noise; until noise_scale.py exists, this preset holds it constant.
+    "paper": Config(
+        out=Path("runs/paper"), steps=200_000, batch_size=128, lr=3e-4, warmup_steps=0, decay_steps=0, save_every=1000
+    ),
+    "demo": Config(
+        lake=demo.DEMO / "lake",
+        out=demo.DEMO / "run",
+        teacher=str(demo.TEACHER),
+        device="cpu",
+        steps=200,
+        batch_size=16,
+        lr=2e-3,
+        warmup_steps=10,
+        decay_steps=40,
+        open_shards=4,
+        save_every=20,
+        log_every=5,
+        model=StudentConfig(width=96, blocks=4, heads=3, mlp_width=384),
+    ),
+}
+BETAS = (0.9, 0.98)  # recommended for distillation by section 4.4 of our science notes: the second shorter than usual
+MAX_GRAD_NORM = 1.0
+MAX_SKIPPED_IN_A_ROW = 3  # non-finite gradients; one can be bad luck, three are a diverged run
+WAIT_S = 0.2
+SAY_STARVED_EVERY_S = 60.0
+
+
+@dataclass
+class Run:
+    """Everything that lives from the first step to the last."""
+
+    config: Config
+    id: str
+    step: int
+    best: float
+    """lowest validation MSE so far"""
+    best_step: int
+    """where that was"""
+    teacher: Teacher
+    student: Student
+    frontend: MelPcen
+    optimizer: torch.optim.Optimizer
+    lake: Lake
+    owner: Owner
+    reader: LakeReader
+    metrics: Metrics
+    board: SummaryWriter
+    heartbeat: Heartbeat
+    anchor: np.ndarray
+    """[n, 32000] int16, read once: it never changes"""
+    logged: dict[str, float] = dataclasses.field(default_factory=dict)
+    """the values of the last log point, for the heartbeat"""
+    timed_from: tuple[int, float] = (0, 0.0)
+    """the step, and the monotonic time, from which clips per second are counted"""
+    turns: int = 0
+    """of the loop, waiting ones too: what the supervisor watches"""
+    waited_s: float = 0.0
+    """for data, since this process began"""
+    saves_here: int = 0
+    """checkpoints made at the present step"""
+
+
+def make_optimizer(student: Student, config: Config) -> torch.optim.AdamW:
+    """AdamW that decays matrices only; a decayed Canon kernel would be drawn towards doing nothing."""
+    decayed = [p for name, p in student.named_parameters() if p.ndim == 2 and "canon" not in name]
+    others = [p for name, p in student.named_parameters() if p.ndim != 2 or "canon" in name]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=True)
+
+
+def open_run(config: Config) -> Run:
+    """Begin a run, or take it up where its newest whole checkpoint left it."""
+    device = torch.device(config.device)
+    lake = Lake.open(config.lake)
+    found = checkpoint.load_newest(config.out)
+    state: dict[str, Any] = (
+        found[0] if found else {"run": uuid.uuid4().hex, "step": 0, "best": float("inf"), "best_step": 0}
+    )
+    model = dataclasses.asdict(config.model)
+    if found and state["student_config"] != model:
+        differing = [name for name in model if state["student_config"].get(name) != model[name]]
+        raise UserError(f"{config.out} holds a student with another {', '.join(differing)}; choose another --out")
+
+    teacher = load_teacher(
+        config.teacher, revision=config.teacher_revision or state.get("teacher_revision"), device=device
+    )
+    if found and teacher.revision != state["teacher_revision"]:
+        raise UserError(f"{config.out} learned from another teacher, {state['teacher_revision']}; choose another --out")
+    torch.manual_seed(config.seed)
+    student = Student(config.model).to(device)
+    optimizer = make_optimizer(student, config)
+    if found:
+        student.load_state_dict(state["student"])
+        optimizer.load_state_dict(state["optimizer"])
+        print(f"resuming {config.out} at step {state['step']} of {config.steps}")
+        if state["best_step"] == state["step"] and found[1].name == checkpoint.LATEST:
+            checkpoint.keep_as_best(config.out)  # a kill may have come between the two names
+    write_config(config.out, config, teacher_revision=teacher.revision, run_id=state["run"])
+
+    owner = Owner(lake.root, "train")
+    run = Run(
+        config=config,
+        id=state["run"],
+        step=state["step"],
+        best=state["best"],
+        best_step=state["best_step"],
+        teacher=teacher,
+        student=student,
+        frontend=MelPcen().to(device),
+        optimizer=optimizer,
+        lake=lake,
+        owner=owner,
+        reader=LakeReader(
+            lake, owner, run=state["run"], seed=config.seed, num_open=config.open_shards, state=state.get("reader")
+        ),
+        metrics=Metrics(config.out, last_step=state["step"]),
+        board=SummaryWriter(config.out / "tensorboard", purge_step=state["step"] + 1),
+        heartbeat=Heartbeat(config.out / "progress.json", "train"),
+        anchor=np.empty((0, 0), np.int16),
+    )
+    return run
+
+
+def spectrogram_of(run: Run, samples: np.ndarray) -> Tensor:
+    """[B, 32000] int16 -> [B, 1, 192, 128]; int16 crosses the bus, the front end runs on the device."""
+    audio = torch.from_numpy(samples).to(run.config.device, non_blocking=True)  # [B, 32000] int16
+    return run.frontend(audio.float() / 32768)
+
+
+def losses_of(run: Run, spectrogram: Tensor) -> dict[str, Tensor]:
+    """[B, 1, 192, 128] -> the terms of the loss, and `loss`, their weighted sum."""
+    with torch.no_grad():
+        target = run.teacher(spectrogram)  # [B, E]
+    predicted = run.student.project(run.student(spectrogram))  # [B, E]
+    return distill_loss(predicted.float(), target.float(), run.config.loss)
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> Tensor:
+    """One optimiser step, unless the gradient is not finite; decided on the device, so nothing waits for it.
+
+    A fused AdamW leaves parameters and moments alone where `found_inf` is 1. Returns that number.
+    """
+    is_bad = (~torch.isfinite(grad_norm)).float()
+    optimizer.found_inf = is_bad
+    optimizer.step()
+    return is_bad
+
+
+def train(run: Run, stop: StopRequest) -> str:
+    """The loop. Returns why it ended, for people."""
+    config, skipped, skipped_in_a_row = run.config, *torch.zeros(2, device=run.config.device)
+    run.timed_from = (run.step, time.monotonic())
+    while run.step < config.steps:
+        batch = next_batch(run, stop)
+        if batch is None:
+            save(run)
+            return "asked to stop" if stop else f"the lake is drained, {run.reader.num_unread()} clips are left over"
+        for group in run.optimizer.param_groups:
+            group["lr"] = config.lr_at(run.step)
+
+        terms = losses_of(run, spectrogram_of(run, batch.samples))
+        terms["loss"].backward()
+        terms = {name: term.detach() for name, term in terms.items()}
+        terms["grad_norm"] = nn.utils.clip_grad_norm_(run.student.parameters(), MAX_GRAD_NORM)
+        is_bad = step_if_finite(run.optimizer, terms["grad_norm"])
+        skipped, skipped_in_a_row = skipped + is_bad, (skipped_in_a_row + 1) * is_bad
+        run.optimizer.zero_grad(set_to_none=True)
+        run.reader.mark_trained(batch.ids)
+        run.step, run.saves_here = run.step + 1, 0
+
+        if run.step % config.log_every == 0 or run.step == config.steps:
+            stop_if_diverged(run, int(skipped_in_a_row))  # the loop's only wait for the device
+            log_step(run, terms, skipped)
+        if run.step % config.save_every == 0 or run.step == config.steps:
+            validate_and_save(run)
+            run.timed_from = (run.step, time.monotonic())
+    return "all steps are done"
+
+
+def next_batch(run: Run, stop: StopRequest) -> Any:
+    """The next batch. Waits while the lake is starved; None when it is drained or we should stop."""
+    begin, say_at = time.monotonic(), time.monotonic() + SAY_STARVED_EVERY_S
+    while not stop:
+        run.turns += 1
+        batch = run.reader.next_batch(run.config.batch_size)
+        is_waiting = batch is None
+        run.heartbeat.beat(run.turns, **run.logged, step=run.step, steps=run.config.steps, is_waiting=is_waiting)
+        if not is_waiting or run.reader.is_drained():
+            return batch
+        run.reader.report()
+        free_room_if_blocked(run)
+        if time.monotonic() > say_at:
+            print(f"waiting for data: no shard is ready in {run.config.lake}; is datalake/run_lake.py running?")
+            say_at += SAY_STARVED_EVERY_S
+        stop.wait(WAIT_S)
+        run.waited_s += time.monotonic() - begin
+        begin = time.monotonic()
+    return None
+
+
+def free_room_if_blocked(run: Run) -> None:
+    """Checkpoint at once if the lake is full of shards that only a checkpoint can release.
+
+    Otherwise lake and trainer would wait for each other. Twice, because a shard goes when the second-newest checkpoint
+    covers it.
+    """
+    while not run.lake.has_room() and run.reader.holds_trained_shards() and run.saves_here < 2:
+        save(run)
+
+
+def floats(terms: dict[str, Tensor]) -> dict[str, float]:
+    """Wait for the device and fetch every term."""
+    return {name: float(term) for name, term in terms.items()}
+
+
+def stop_if_diverged(run: Run, skipped_in_a_row: int) -> None:
+    """Raise UserError, naming the last good checkpoint, if the last steps all had a gradient that was not finite."""
+    if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        raise UserError(
+            f"the last {skipped_in_a_row} gradients before step {run.step} were not finite; expected finite ones. "
+            f"The last good checkpoint is {run.config.out / checkpoint.LATEST}: resume it with a lower --lr"
+        )
+
+
+def log_step(run: Run, terms: dict[str, Tensor], skipped: Tensor) -> None:
+    """What the last step was like, and how fast the steps since the last log point or save were."""
+    step, began = run.timed_from
+    run.timed_from = (run.step, time.monotonic())
+    run.logged = {
+        **floats(terms),
+        "skipped_steps": float(skipped),
+        "lr": run.config.lr_at(run.step - 1),
+        "clips_per_s": (run.step - step) * run.config.batch_size / (time.monotonic() - began),
+        "waited_s": run.waited_s,
+    }
+    log(run, **run.logged)
+    run.reader.report()
+
+
+def log(run: Run, **values: float) -> None:
+    """One line for programs, the same numbers for TensorBoard, and a short line for people."""
+    run.metrics.log(run.step, **values)
+    for name, value in values.items():
+        run.board.add_scalar(name, value, run.step)
+    print(f"step {run.step}/{run.config.steps}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
+
+def validate_and_save(run: Run) -> None:
+    """Validation on both held-out sets, then a checkpoint, kept as best.pt if its anchor MSE is the lowest so far."""
+    values = validate(run)
+    if values:
+        log(run, **values)
+    mse = values.get("anchor_mse", float("inf"))
+    is_best = mse < run.best
+    if is_best:
+        run.best, run.best_step = mse, run.step
+    save(run, is_best)
+
+
+@torch.no_grad()
+def validate(run: Run) -> dict[str, float]:
+    """MSE, cosine and explained variance on the anchor and the recent set; an empty set gives no numbers."""
+    num_clips = int(run.lake.setting("val_clips"))
+    if len(run.anchor) == 0:
+        run.anchor = read_validation(run.lake, ANCHOR, num_clips)
+    values: dict[str, float] = {}
+    for name, samples in ((ANCHOR, run.anchor), (RECENT, read_validation(run.lake, RECENT, num_clips))):
+        if len(samples) >= 2:
+            values |= {f"{name}_{metric}": value for metric, value in agreement(run, samples).items()}
+    return values
+
+
+def agreement(run: Run, samples: np.ndarray) -> dict[str, float]:
+    """[n, 32000] int16 -> how close the student is to the teacher; 1 is perfect explained variance and cosine."""
+    predicted, target = [], []
+    for part in np.array_split(samples, -(-len(samples) // run.config.batch_size)):
+        spectrogram = spectrogram_of(run, part)
+        predicted.append(run.student.project(run.student(spectrogram)).double())
+        target.append(run.teacher(spectrogram).double())
+    student, teacher = torch.cat(predicted), torch.cat(target)  # [n, E] each
+    mse = (student - teacher).square().mean()
+    centred = teacher - teacher.mean(dim=0)
+    return floats(
+        {
+            "mse": mse,
+            "explained_variance": 1 - mse / centred.square().mean(),
+            "cosine": nn.functional.cosine_similarity(student - teacher.mean(dim=0), centred).mean(),
+        }
+    )
+
+
+def save(run: Run, is_best: bool = False) -> None:
+    """Write a checkpoint that is read back before it counts, then let the ledger retire what two of them cover."""
+    state = {
+        "run": run.id,
+        "step": run.step,
+        "best": run.best,
+        "best_step": run.best_step,
+        "student_config": dataclasses.asdict(run.config.model),
+        "student": run.student.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "reader": run.reader.state(),
+        "teacher_revision": run.teacher.revision,
+    }
+    checkpoint.save(run.config.out, state)
+    if is_best:
+        checkpoint.keep_as_best(run.config.out)
+    run.reader.record_checkpoint()
+    run.saves_here += 1
+
+
+def draw_losses(out: Path) -> None:
+    """metrics.jsonl -> loss.png: the three terms and the validation MSE over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines = read_metrics(out)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axes, names in (
+        (left, ("loss", "mse", "relational", "contrastive")),
+        (right, ("anchor_explained_variance", "recent_explained_variance")),
+    ):
+        for name in names:
+            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name.replace("_", " "))
+                axes.legend()
+        axes.set_xlabel("optimiser step")
+        axes.grid(alpha=0.3)
+    left.set(title="training loss and its terms (unweighted)", yscale="log")
+    right.set(title="explained variance of the teacher's embedding, held out")
+    with atomic_write(out / "loss.png") as f:
+        figure.savefig(f, format="png", dpi=120)
+    plt.close(figure)
+
+
+def check(config: Config) -> None:
+    """Refuse a device that is not there, and a cap smaller than what must be in flight, with the sum."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch finds no GPU; for a CPU: python distill_hear_vit_s_canon2d.py demo")
+    if not (config.lake / "ledger.sqlite").exists():
+        return
+    lake = Lake.open(config.lake)
+    shard_clips, val_clips = int(lake.setting("shard_clips")), int(lake.setting("val_clips"))
+    workers = int(lake.setting("max_workers"))
+    needs = {
+        f"{workers} workers, one shard each": workers * shard_clips,
+        f"{config.open_shards} open shards": config.open_shards * shard_clips,
+        f"2 checkpoint intervals of {config.save_every} x {config.batch_size} clips": 2
+        * config.save_every
+        * config.batch_size,
+        f"2 validation sets of {val_clips} clips": 2 * val_clips,
+    }
+    needed_bytes = shard_bytes(sum(needs.values()))
+    if lake.cap_bytes() < needed_bytes:
+        terms = " + ".join(f"{name} ({gib(shard_bytes(clips))})" for name, clips in needs.items())
+        raise UserError(
+            f"the cap of {gib(lake.cap_bytes())} is too small: {terms} = {gib(needed_bytes)} must fit; "
+            f"raise --cap-gb, or lower --save-every, --open-shards or the number of workers"
+        )
+
+
+def main(config: Config) -> None:
+    demo.prepare(config.teacher)
+    stop = StopRequest()
+    refusal = f"{config.out} is being trained by another process; wait for it or choose another --out"
+    with alone(config.out / "lock", refusal):
+        check(config)
+        run = open_run(config)
+        try:
+            reason = train(run, stop)
+        finally:
+            run.reader.close()
+            run.owner.release()
+            run.metrics.close()
+            run.board.close()
+    draw_losses(config.out)
+    print(f"{reason}: step {run.step} of {config.steps}, waited {run.waited_s:.0f} s for data; {config.out}/latest.pt")
+
+
+if __name__ == "__main__":
+    cli.run(main, PRESETS, __doc__, check=check)
