@@ -1,0 +1,425 @@
+"""Keep a lake filled and a student learning from it: start, watch and end the streamers and the trainer.
+
+in:   a source of tars, a disk budget
+out:  <lake>/status.json (replaced every two seconds), <lake>/logs/, and what the children write
+cost: this process only looks: well under 1 % of a core
+
+    python datalake/run_lake.py --source DIR --lake lake    # Ctrl-C ends it in good order; run it again to go on
+    python datalake/run_lake.py demo                        # two cores, minutes, no network
+    python datalake/run_lake.py status --lake lake          # from another terminal
+    python datalake/run_lake.py fsck --lake lake            # do ledger and folders agree?
+
+Streamers run until the lake is full and then leave; they are started again when half of it is read. A child that
+crashes is started again, a few times an hour. The children end when this process does, however it ends.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from hear_distill import cli, demo
+from hear_distill.files import GIB, UserError, alone, gib, is_locked, write_json
+from hear_distill.lake import Lake
+from hear_distill.runlog import SUPERVISOR_FD, StopRequest, read_heartbeat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of the supervisor."""
+
+    lake: Path = Path("lake")
+    """folder of the lake, on a local disk"""
+    source: str = "laion/LAION-Audio-300M"
+    """folder of WebDataset tars"""
+    out: Path = Path("runs/hear-vit-s")
+    """run folder of the trainer"""
+    cap_gb: float = 60.0
+    """hard limit, in GiB, on all shards of the lake together"""
+    disk_floor_gb: float = 20.0
+    """GiB that must stay free on the lake's disk; below it no streamer runs"""
+    max_workers: int = 4
+    """streamers at the same time, one core each"""
+    recipe: Literal["best", "paper", "demo"] = "best"
+    """preset of the trainer; demo is also the streamers'"""
+    stream_args: str = ""
+    """more for each streamer, in quotes: --stream-args "--shard-clips 2000" """
+    train_args: str = ""
+    """more for the trainer, in quotes: --train-args "--steps 1000 --seed 1" """
+
+    def __post_init__(self) -> None:
+        if self.max_workers < 1:
+            raise ValueError(f"--max-workers must be at least 1, got {self.max_workers}")
+        if self.cap_gb <= 0:
+            raise ValueError(f"--cap-gb must be positive, got {self.cap_gb}")
+        for name in ("stream_args", "train_args"):
+            try:
+                shlex.split(getattr(self, name))
+            except ValueError as e:
+                raise ValueError(f"--{name.replace('_', '-')} is not a command line: {e}") from e
+
+
+PRESETS = {
+    "best": Config(),
+    "paper": Config(recipe="paper", out=Path("runs/paper")),
+    "demo": Config(
+        lake=demo.DEMO / "lake",
+        source=str(demo.SOURCE),
+        out=demo.DEMO / "run",
+        cap_gb=0.09,
+        disk_floor_gb=1.0,
+        max_workers=2,
+        recipe="demo",
+    ),
+}
+ROOT = Path(__file__).resolve().parents[1]
+STREAMER = ROOT / "stream_laion_audio_clips.py"
+TRAINER = ROOT / "distill_hear_vit_s_canon2d.py"
+LOCK = "supervisor.lock"
+RESTART_AT_UNREAD = 0.5  # of the clips that were unread when the lake was last full, as published
+POLL_S = 0.5
+STATUS_S = 2.0
+SAY_S = 10.0  # between status lines where there is no terminal to overwrite one on
+END_S = 60.0  # for a child to leave in good order; a checkpoint on a slow disk fits
+HANG_S = 600.0  # without progress; loading the teacher and compiling take minutes
+CRASHES_PER_HOUR = 3
+BACKOFF_S = 5.0  # after the first crash, doubled with each
+
+
+@dataclass
+class Child:
+    """A process of ours, started again when it crashes."""
+
+    name: str
+    command: list[str]
+    log: Path
+    process: psutil.Popen
+    heartbeat: Path
+    last_progress: tuple[int, float] = (-1, 0.0)
+    """the counter, and when it last changed on our own monotonic clock"""
+
+    def is_hung(self) -> bool:
+        """Whether the progress counter has stood still for HANG_S."""
+        progress = read_heartbeat(self.heartbeat).get("progress", -1)
+        if progress != self.last_progress[0] or not self.last_progress[1]:
+            self.last_progress = (progress, time.monotonic())
+        return time.monotonic() - self.last_progress[1] > HANG_S
+
+    def last_words(self) -> str:
+        """The last line of its log, for people."""
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+
+@dataclass
+class Supervisor:
+    """The state of the control loop. Everything else is in the ledger, so a restarted supervisor knows as much."""
+
+    config: Config
+    lake: Lake
+    pipe: int
+    """read end that every child inherits; we hold the other, which closes when we die"""
+    workers: list[Child] = field(default_factory=list)
+    trainer: Child | None = None
+    is_filling: bool = True
+    unread_when_full: int = 0
+    times_full: int = 0
+    times_restarted: int = 0
+    crashes: deque[float] = field(default_factory=deque)
+    start_after: float = 0.0
+    """monotonic time before which nothing is started again"""
+    rates: dict[str, float] = field(default_factory=dict)
+    """clips per second cut and read, smoothed"""
+    seen: tuple[float, int, int] | None = None
+
+
+def say(message: str) -> None:
+    """A line for people, on a fresh line where the status line stays in place."""
+    print(f"\r\x1b[K{message}" if sys.stdout.isatty() else message)
+
+
+def command_of(script: Path, config: Config) -> list[str]:
+    """The command line of a child; ours come last, so they win over the handed-on arguments."""
+    if script == STREAMER:
+        word = "demo" if config.recipe == "demo" else "laion"
+        more = config.stream_args
+        ours = ["--source", config.source, "--cap-gb", config.cap_gb, "--max-workers", config.max_workers]
+    else:
+        word, more, ours = config.recipe, config.train_args, ["--out", config.out]
+    return [sys.executable, str(script), word, *shlex.split(more), "--lake", str(config.lake), *map(str, ours)]
+
+
+def check_children(config: Config) -> None:
+    """Let each child check its arguments, the source, the lake and the cap before anything starts. Raises UserError."""
+    demo.prepare(config.source)
+    for script in (STREAMER, TRAINER):
+        command = [*command_of(script, config), "--check"]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
+        if answer.returncode:
+            message = answer.stderr.strip().removeprefix("error: ") or f"exit code {answer.returncode}"
+            raise UserError(f"{script.name}: {message}")
+
+
+def start(supervisor: Supervisor, script: Path, name: str) -> Child:
+    """Start a child in a session of its own: Ctrl-C reaches us alone, and we end the children in good order."""
+    config = supervisor.config
+    command, log = command_of(script, config), config.lake / "logs" / f"{name}.log"
+    log.parent.mkdir(exist_ok=True)
+    with log.open("a") as f:
+        process = psutil.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=f,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=(supervisor.pipe,),
+            env={**os.environ, SUPERVISOR_FD: str(supervisor.pipe)},
+        )
+    is_trainer = script == TRAINER
+    heartbeat = (
+        config.out / "progress.json" if is_trainer else config.lake / "heartbeats" / f"stream-{process.pid}.json"
+    )
+    return Child(name, command, log, process, heartbeat)
+
+
+def reap(supervisor: Supervisor, child: Child) -> int | None:
+    """The exit code of a child that has ended, booked if it was a crash; None while it runs. Kills one that hangs.
+
+    Raises UserError if the child said that the user must act, or if children crash too often.
+    """
+    if child.is_hung():
+        say(f"{child.name} made no progress for {HANG_S:.0f} s: killed")
+        child.process.kill()
+    code = child.process.poll()
+    if code is None:
+        return None
+    if child is not supervisor.trainer:
+        child.heartbeat.unlink(missing_ok=True)
+    supervisor.lake.sweep()
+    if code == 2:
+        raise UserError(f"{child.name}: {child.last_words().removeprefix('error: ')}")
+    if code != 0:
+        book_crash(supervisor, child, code)
+    return code
+
+
+def book_crash(supervisor: Supervisor, child: Child, code: int) -> None:
+    """Count a crash and choose when to start again. Raises UserError if there were too many in the last hour."""
+    now = time.monotonic()
+    supervisor.crashes.append(now)
+    while now - supervisor.crashes[0] > 3600:
+        supervisor.crashes.popleft()
+    num_crashes = len(supervisor.crashes)
+    say(f"{child.name} ended with code {code} ({child.last_words()}); crash {num_crashes} within an hour")
+    if num_crashes > CRASHES_PER_HOUR:
+        raise UserError(
+            f"{num_crashes} crashes within an hour, {CRASHES_PER_HOUR} are allowed; the last was {child.name}: "
+            f"{child.last_words()}; look at {child.log}, then run the same command again"
+        )
+    supervisor.start_after = now + BACKOFF_S * 2 ** (num_crashes - 1)
+
+
+def update_filling(supervisor: Supervisor) -> None:
+    """Fill until the cap leaves no room for a shard, then not again before half of the clips are read."""
+    lake = supervisor.lake
+    has_room, unread = lake.has_room(), lake.unread_clips()
+    if supervisor.is_filling and not has_room and not supervisor.workers:
+        supervisor.is_filling = False
+        supervisor.unread_when_full = unread
+        supervisor.times_full += 1
+        say(f"the lake is full: {unread} unread clips, {gib(lake.used_bytes())} of {gib(lake.cap_bytes())}")
+        return
+    is_half_read = unread <= RESTART_AT_UNREAD * supervisor.unread_when_full
+    is_starved = read_heartbeat(supervisor.config.out / "progress.json").get("is_waiting", False)
+    if not supervisor.is_filling and has_room and (is_half_read or is_starved):
+        supervisor.is_filling = True
+        supervisor.times_restarted += 1
+        reason = "half of the lake is read" if is_half_read else "the trainer waits"
+        say(f"{reason}: {unread} unread clips are left; the streamers start again")
+
+
+def has_disk(config: Config) -> bool:
+    """Whether the lake's disk has more free room than the floor."""
+    return shutil.disk_usage(config.lake).free >= config.disk_floor_gb * GIB
+
+
+def num_workers_wanted(supervisor: Supervisor) -> int:
+    """How many streamers should run now. One alone cuts the anchor validation, which takes the heads of many tars."""
+    config, lake = supervisor.config, supervisor.lake
+    if not supervisor.is_filling or not has_disk(config) or not lake.has_room():
+        return 0
+    if not lake.has_anchor():
+        return 1
+    return min(config.max_workers, len(supervisor.workers) + lake.tar_states()["free"])
+
+
+def control(supervisor: Supervisor) -> bool:
+    """One turn of the loop. False when the trainer is done."""
+    supervisor.workers = [child for child in supervisor.workers if reap(supervisor, child) is None]
+    code = reap(supervisor, supervisor.trainer) if supervisor.trainer else None
+    if code is not None:
+        supervisor.trainer = None
+        if code == 0:
+            return False
+    update_filling(supervisor)
+    if time.monotonic() >= supervisor.start_after:
+        if supervisor.trainer is None:
+            supervisor.trainer = start(supervisor, TRAINER, "train")
+        taken = {child.name for child in supervisor.workers}
+        free_names = [n for n in (f"stream-{i}" for i in range(supervisor.config.max_workers)) if n not in taken]
+        for name in free_names[: max(0, num_workers_wanted(supervisor) - len(taken))]:
+            supervisor.workers.append(start(supervisor, STREAMER, name))
+    return True
+
+
+def end(supervisor: Supervisor) -> None:
+    """Ask every child to leave, wait, then make it leave."""
+    children = [*supervisor.workers, *([supervisor.trainer] if supervisor.trainer else [])]
+    for child in children:
+        if child.process.is_running():
+            child.process.send_signal(signal.SIGTERM)
+    _, alive = psutil.wait_procs([child.process for child in children], timeout=END_S)
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=END_S)
+    supervisor.lake.sweep()
+
+
+def update_rates(supervisor: Supervisor) -> None:
+    """Clips per second into and out of the lake, with a memory of about ten looks."""
+    cut = supervisor.lake.totals()["cut"]
+    books = supervisor.lake.books()
+    read = cut - books.validation - books.retired_validation - supervisor.lake.unread_clips()
+    now = time.monotonic()
+    if supervisor.seen:
+        seconds = now - supervisor.seen[0]
+        for name, count in (("in", cut - supervisor.seen[1]), ("out", read - supervisor.seen[2])):
+            supervisor.rates[name] = 0.9 * supervisor.rates.get(name, count / seconds) + 0.1 * count / seconds
+    supervisor.seen = (now, cut, read)
+
+
+def status_of(supervisor: Supervisor) -> dict[str, Any]:
+    """What status.json holds."""
+    lake, totals = supervisor.lake, supervisor.lake.totals()
+    return {
+        "time": time.time(),
+        "pid": os.getpid(),
+        "is_filling": supervisor.is_filling,
+        "has_disk": has_disk(supervisor.config),
+        "times_full": supervisor.times_full,
+        "times_restarted": supervisor.times_restarted,
+        "workers": len(supervisor.workers),
+        "used_bytes": lake.used_bytes(),
+        "cap_bytes": lake.cap_bytes(),
+        "unread_clips": lake.unread_clips(),
+        "clips_per_s": supervisor.rates,
+        "tars": lake.tar_states(),
+        "books": asdict(lake.books()),
+        "recordings": totals["recordings"],
+        "skipped": {k.removeprefix("skipped: "): v for k, v in totals.items() if k.startswith("skipped: ")},
+        "trainer": read_heartbeat(supervisor.config.out / "progress.json"),
+    }
+
+
+def line_of(status: dict[str, Any]) -> str:
+    """One line for people."""
+    fullness = status["used_bytes"] / status["cap_bytes"]
+    trainer, rates = status["trainer"], status["clips_per_s"]
+    loss = f", loss {trainer['loss']:.4g}" if trainer.get("loss") is not None else ""
+    state = "filling" if status["is_filling"] else "draining"
+    if not status["has_disk"]:
+        state = "stopped: the disk is below its floor"
+    waiting = ", waiting for data" if trainer.get("is_waiting") else ""
+    return (
+        f"lake [{'#' * round(20 * fullness):<20}] {status['unread_clips']} unread clips, "
+        f"{state}, {status['workers']} streamers, "
+        f"in {rates.get('in', 0):.0f}/s, out {rates.get('out', 0):.0f}/s; "
+        f"step {trainer.get('step', 0)} of {trainer.get('steps', '?')}{loss}{waiting}"
+    )
+
+
+class Display:
+    """Writes status.json, and one line that stays in place on a terminal or comes every ten seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self.next_status = self.next_line = 0.0
+
+    def show(self, supervisor: Supervisor) -> None:
+        """Called every turn; does something every two seconds."""
+        now = time.monotonic()
+        if now < self.next_status:
+            return
+        self.next_status = now + STATUS_S
+        update_rates(supervisor)
+        status = status_of(supervisor)
+        write_json(supervisor.config.lake / "status.json", status)
+        if sys.stdout.isatty():
+            print(f"\r\x1b[K{line_of(status)}", end="", flush=True)
+        elif now >= self.next_line:
+            self.next_line = now + SAY_S
+            print(line_of(status))
+
+
+def show_status(config: Config) -> int:
+    """`status`: the table of a lake, whether or not it is running. Exit code 1 if no supervisor runs it."""
+    lake = Lake.open(config.lake)
+    path = config.lake / "status.json"
+    status = json.loads(path.read_text()) if path.exists() else {}
+    is_running = is_locked(config.lake / LOCK)
+    print(f"lake        {config.lake}: {'running' if is_running else 'not running'}")
+    print(f"reservoir   {lake.unread_clips()} unread clips, {gib(lake.used_bytes())} of {gib(lake.cap_bytes())}")
+    print("tars        " + ", ".join(f"{count} {state}" for state, count in lake.tar_states().items()))
+    print(
+        "books       " + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in asdict(lake.books()).items())
+    )
+    totals = lake.totals()
+    skips = [f"{n} {k.removeprefix('skipped: ')}" for k, n in totals.items() if k.startswith("skipped: ")]
+    print(f"recordings  {totals['recordings']} read; skipped: {', '.join(skips) or 'none'}")
+    if is_running and status:
+        print(f"now         {line_of(status)}")
+        print(f"history     full {status['times_full']} times, started again {status['times_restarted']} times")
+    return 0 if is_running else 1
+
+
+def check_lake(config: Config) -> int:
+    """`fsck`: what ledger and folders say differently; exit code 1 if they do."""
+    lake = Lake.open(config.lake)
+    found = lake.disagreements()
+    print("\n".join(found) if found else f"{config.lake}: ledger and folders agree; {lake.books()}")
+    return 1 if found else 0
+
+
+def main(config: Config) -> None:
+    stop = StopRequest()
+    refusal = f"another supervisor runs {config.lake}; look: python datalake/run_lake.py status --lake {config.lake}"
+    with alone(config.lake / LOCK, refusal):
+        check_children(config)
+        reader, writer = os.pipe()  # `writer` closes with this process, however it ends
+        supervisor = Supervisor(config, Lake.open(config.lake), reader)
+        supervisor.lake.sweep()
+        for script in (STREAMER, TRAINER):
+            print("$ " + shlex.join(["python", *command_of(script, config)[1:]]))
+        display = Display()
+        try:
+            while not stop and control(supervisor):
+                display.show(supervisor)
+                stop.wait(POLL_S)
+        finally:
+            end(supervisor)
+            os.close(writer)
+    books = supervisor.lake.books()
+    say(f"{'stopped' if stop else 'finished'}: full {supervisor.times_full} times, {books}")
+
+
+if __name__ == "__main__":
+    cli.run(main, PRESETS, __doc__, actions={"status": show_status, "fsck": check_lake}, check=check_children)
