@@ -68,6 +68,7 @@ PRESETS = {
     ),
 }
 ANCHOR_TARS = 64  # heads of this many tars, spread by the permutation, make up the anchor validation
+ANCHOR_WAIT_S = 1.0
 BROKEN_LIMIT = 100  # unreadable recordings among the first 200 that stop a worker: the source is not what it should be
 BROKEN_WINDOW = 200
 UNREADABLE = ("undecodable", "empty", "not finite", "no audio member", "oversized member", "bad JSON")
@@ -272,8 +273,10 @@ class Worker:
         num_clips = self.config.val_clips if is_anchor else self.config.shard_clips
         split = ANCHOR if is_anchor else TRAIN
         shard_id = self.lake.begin_shard(self.owner.id, reservation_bytes(num_clips), split)
-        if shard_id is None:
-            return True
+        if shard_id is None:  # another worker cuts the anchor; until it is known, any clip might belong to it
+            self.stop.wait(ANCHOR_WAIT_S)
+            self.lake.sweep()
+            return not self.stop
         try:
             draft = self.fill_anchor() if is_anchor else self.fill(shard_id)
         except SourceBroken:
@@ -344,9 +347,8 @@ def main(config: Config) -> None:
     worker = Worker(config, source, lake, owner, stop)
     lake.sweep()
     try:
-        is_more = lake.has_anchor() or worker.one_shard(is_anchor=True)
-        while is_more:
-            is_more = worker.one_shard(is_anchor=False)
+        while worker.one_shard(is_anchor=not lake.has_anchor()):
+            pass
         reason = "asked to stop" if stop else "no tar is left to read"
     except LakeFull as e:
         reason = f"the lake is full: {e}"

@@ -183,13 +183,25 @@ def start(supervisor: Supervisor, script: Path, name: str) -> Child:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             pass_fds=(supervisor.pipe,),
-            env={**os.environ, SUPERVISOR_FD: str(supervisor.pipe)},
+            env={
+                **os.environ,
+                SUPERVISOR_FD: str(supervisor.pipe),
+                "OMP_NUM_THREADS": str(num_threads(script, config)),
+            },
         )
     is_trainer = script == TRAINER
     heartbeat = (
         config.out / "progress.json" if is_trainer else config.lake / "heartbeats" / f"stream-{process.pid}.json"
     )
     return Child(name, command, log, process, heartbeat)
+
+
+def num_threads(script: Path, config: Config) -> int:
+    """One for a streamer, the cores that are left for the trainer: threads that share a core wait for each other.
+
+    With two threads on two busy cores, a step of the demo took six times as long as with one.
+    """
+    return 1 if script == STREAMER else max(1, len(os.sched_getaffinity(0)) - config.max_workers)
 
 
 def reap(supervisor: Supervisor, child: Child) -> int | None:

@@ -35,6 +35,7 @@ def save(folder: Path, state: dict[str, Any]) -> Path:
     back before any name moves, and a latest.pt that has lost its hash since is not kept. One writer per folder.
 
     Raises:
+        CheckpointError: what was read back is not what was written; the names still stand for the old files.
         TypeError: a value that cannot be read back without running code; the text says where in `state` it is.
     """
     folder.mkdir(parents=True, exist_ok=True)

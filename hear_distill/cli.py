@@ -7,7 +7,6 @@ python STAGE.py ... --check          parse and check everything, then exit witho
 """
 
 import io
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
@@ -90,11 +89,17 @@ def _parse_flags(default: C, argv: Sequence[str]) -> C:
 
 def unbox(text: str) -> str:
     """The first sentence of one of tyro's boxes, with its suggestion, on one line."""
-    # Rules part a box; the title stands before the first of them, or inside it where the terminal knows no UTF-8.
-    _, message, *rest = ([line.strip("│|╭╰ ") for line in part.splitlines()] for part in re.split("[─-]{5,}", text))
-    suggestions = [line.split()[0] for part in rest for line in part if line.startswith("--")]
+    parts: list[list[str]] = [[]]  # what stands above, between and below the rules; the message is the second
+    for line in text.splitlines():
+        content = line.strip("│|╭╮╰╯ ")
+        if line.startswith("╭") or not content.strip("─-"):
+            parts.append([])
+        else:
+            parts[-1].append(content)
+    message = " ".join(parts[1]).removeprefix("Error parsing Config: ")
+    suggestions = [line.split()[0] for part in parts[2:] for line in part if line.startswith("--")]
     hint = f"; did you mean {suggestions[0]}?" if "Perhaps you meant" in text and suggestions else ""
-    return f"{' '.join(filter(None, message)).removeprefix('Error parsing Config: ')}{hint} (all flags: --help)"
+    return f"{message}{hint} (all flags: --help)"
 
 
 def join_values(argv: Sequence[str]) -> list[str]:

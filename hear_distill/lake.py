@@ -87,7 +87,9 @@ class Lake:
         """
         for folder in ("shards", "val", "owners", "quarantine"):
             (root / folder).mkdir(parents=True, exist_ok=True)
-        lake = cls(root)
+        with (root / "create.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # SQLite does not wait when two processes make a file's WAL at once
+            lake = cls(root)
         wanted = {name: str(value) for name, value in asdict(identity).items()}
         with lake.transaction():
             for statement in SCHEMA.split(";\n"):
@@ -142,11 +144,12 @@ class Lake:
             for row in self.db.execute("SELECT DISTINCT owner FROM tars WHERE owner IS NOT NULL").fetchall():
                 if not self.is_alive(row["owner"]):
                     self.free_tars(row["owner"])
+            for lock in (self.root / "owners").iterdir():
+                # Under its own lock, so nobody alive can hold it; in the transaction, so nobody else looks meanwhile.
+                with suppress(BlockingIOError, FileNotFoundError), lock.open() as f:
+                    fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lock.unlink()
         self._move_quarantined()
-        for lock in (self.root / "owners").iterdir():
-            with lock.open() as f, suppress(BlockingIOError):
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                lock.unlink()  # under its own lock, so nobody alive can hold it
 
     def _forget_unfinished(self, shard_id: int) -> None:
         """Delete a shard under either name, then its reservation. The cursors never moved, so it will be cut again."""
@@ -177,9 +180,9 @@ class Lake:
         self.db.execute("UPDATE tars SET owner = NULL WHERE owner = ?", (owner,))
 
     def begin_shard(self, owner: str, num_bytes: int, split: str = TRAIN) -> int | None:
-        """Reserve `num_bytes` under the cap: the new shard's id, or None for a second anchor. Raises LakeFull."""
+        """Reserve `num_bytes` under the cap: the new shard's id, or None if the anchor is begun. Raises LakeFull."""
         with self.transaction():
-            if split == ANCHOR and self.has_anchor():
+            if split == ANCHOR and self._sum("1", "split = 'anchor'"):
                 return None
             if self.used_bytes() + num_bytes > self.cap_bytes():
                 raise LakeFull(f"{self.used_bytes()} of {self.cap_bytes()} bytes are in use, {num_bytes} more needed")
@@ -443,8 +446,8 @@ class Lake:
         return {bytes.fromhex(row["name"]).decode(errors="surrogatepass") for row in rows}
 
     def has_anchor(self) -> bool:
-        """Whether the anchor validation is cut, or a living worker is at it."""
-        return bool(self._sum("1", "split = 'anchor'")) or int(self.setting("val_clips")) == 0
+        """Whether the anchor validation is finished, or none is wanted."""
+        return bool(self._sum("1", "split = 'anchor' AND state = 'ready'")) or int(self.setting("val_clips")) == 0
 
     def ready(self, split: str) -> list[Shard]:
         """Finished shards of one split that nobody holds, oldest first."""
@@ -479,9 +482,7 @@ class Lake:
         found = [f"the books are off by {self.books().balance()} clips"] if self.books().balance() else []
         with self.transaction():  # nothing is published, leased or retired while we look
             rows = self.db.execute("SELECT * FROM shards WHERE state != 'quarantined'").fetchall()
-            folders = (self.root / "shards", self.root / "val")
-            files = {path: path.stat().st_size for folder in folders for path in folder.glob("*.tar")}
-            files |= {path: -1 for folder in folders for path in folder.iterdir() if path.suffix != ".tar"}
+            files = _sizes(self.root / "shards") | _sizes(self.root / "val")
         expected = {self.path(r["id"], r["split"]): r["num_bytes"] for r in rows if r["state"] in ("ready", "leased")}
         writing = {f"{r['id']:08d}" for r in rows if r["state"] == "writing" and self.is_alive(r["owner"])}
         retiring = {f"{r['id']:08d}" for r in rows if r["state"] == "retiring"}
@@ -494,6 +495,15 @@ class Lake:
             if path.name.split(".")[0] not in writing | retiring:
                 found.append(f"{path} is on the disk, but not in the ledger")
         return found
+
+
+def _sizes(folder: Path) -> dict[Path, int]:
+    """Bytes of each file; one that goes while we look is left out."""
+    sizes = {}
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):
+            sizes[path] = path.stat().st_size
+    return sizes
 
 
 def _fsync_file(path: Path) -> None:

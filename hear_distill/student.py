@@ -95,7 +95,7 @@ class Canon2d(nn.Module):
 
 
 class Canon1d(nn.Module):
-    """Depthwise mixing of k neighbours in the token sequence, where a row of patches runs on into the next: an ablation."""
+    """Depthwise mixing of k tokens in sequence, where each row of patches runs on into the next: an ablation."""
 
     def __init__(self, channels: int, kernel: int) -> None:
         super().__init__()
@@ -177,10 +177,8 @@ class Student(nn.Module):
             raise ValueError(
                 f"spectrogram must be [B, 1, a positive multiple of {PATCH}, {MEL_BANDS}], got {list(shape)}"
             )
-        patches = (
-            spectrogram.squeeze(1).unflatten(2, (GRID_COLUMNS, PATCH)).unflatten(1, (-1, PATCH))
-        )  # [B, H, 16, W, 16]
-        x = self.patch(patches.transpose(2, 3).flatten(3))  # [B, H, W, D]
+        patches = spectrogram.unflatten(3, (GRID_COLUMNS, PATCH)).unflatten(2, (-1, PATCH))  # [B, 1, H, 16, W, 16]
+        x = self.patch(patches.squeeze(1).transpose(2, 3).flatten(3))  # [B, H, W, D]
         if self.positions is not None:
             x = x + self.positions_for(x.shape[1])
         return self.norm(self.blocks(x.flatten(1, 2)))  # [B, N, D]

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,
+    HTTPError,  # of the client underneath: a broken connection reaches us as that
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -25,9 +25,11 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
+from transformers.utils import logging
 
 from hear_distill.files import UserError
 
+logging.disable_progress_bar()  # of reading weights from the disk; downloads keep theirs
 HEAR = "google/hear-pytorch"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -123,8 +125,8 @@ def random_teacher(seed: int) -> Teacher:
 def save_stand_in(folder: Path, seed: int) -> Path:
     """Write a small random teacher of HeAR's kind, marked as a stand-in, for runs without network and account.
 
-    Its weights are six times as large as HeAR starts with, which spreads the embeddings: 256 clips of the seven sounds
-    of hear_distill/synthetic.py had a mean pairwise cosine of 0.88 (seed 0) and 0.80 (seed 1), against 0.93 at 0.02.
+    Its weights are six times as large as a ViT's at the start, which spreads the embeddings of different sounds, and
+    over more directions: there is more to learn. tests/test_teacher.py says how far and how many.
     """
     _random_vit(STAND_IN_CONFIG, seed).save_pretrained(folder)
     return folder
@@ -177,8 +179,8 @@ def explain(error: Exception, name: str, revision: str | None) -> str:
         found = f"the hub refuses to send {name}"
     return (
         f"{found} ({status})\n"
-        f"  accept the terms, once, signed in:     https://huggingface.co/{name}\n"
-        f"  put a token of that account into .env: HF_TOKEN=...\n{demo}"
+        f"  accept the terms, once, signed in:  https://huggingface.co/{name}\n"
+        f"  put a token of that account, one that may read gated models, into .env:  HF_TOKEN=...\n{demo}"
     )
 
 
@@ -188,9 +190,10 @@ def load_vit(folder: Path) -> tuple[ViTModel, dict[str, Any]]:
     if not (folder / WEIGHTS_FILE).is_file():
         raise TeacherError(f"{folder} has no {WEIGHTS_FILE}; {EXPECTED_FILES}")
     try:
+        # Weights of another shape are let through here, to be refused below in our words.
         model, report = ViTModel.from_pretrained(
             folder, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
-        )  # mismatches are allowed here to be refused below, in our words
+        )
     except SafetensorError as e:
         raise TeacherError(f"{folder / WEIGHTS_FILE} is damaged: {e}\n  delete the folder and fetch it again") from e
     wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
