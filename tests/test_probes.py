@@ -1,0 +1,249 @@
+"""Linear probes, average precision and the bootstrap, on embeddings whose answer is known."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score
+from sklearn.pipeline import Pipeline
+
+from hear_distill import probes
+from hear_distill.probes import (
+    PENALTIES,
+    NotMeasurable,
+    average_precision,
+    choose_and_fit,
+    draw_groups,
+    grouped_folds,
+    held_out_scores,
+    interval,
+    linear_probe,
+    task_folds,
+)
+from tests.reference import metrics as by_the_book
+
+FIT = partial(choose_and_fit, seed=0)
+
+
+def plain_ap(is_positive: np.ndarray, scores: np.ndarray) -> float:
+    return average_precision(is_positive, scores, np.ones((1, len(scores)), dtype=int)).item()
+
+
+def probed_ap(features: np.ndarray, is_positive: np.ndarray, groups: np.ndarray) -> float:
+    folds = task_folds(is_positive, groups, None, seed=0)
+    return plain_ap(is_positive, held_out_scores(features, is_positive, groups, folds, FIT))
+
+
+@pytest.mark.parametrize("num_levels", [2, 7, 10**9], ids=["two scores", "many ties", "hardly a tie"])
+@pytest.mark.parametrize("seed", range(5))
+def test_average_precision_is_the_sum_over_thresholds(num_levels, seed):
+    rng = np.random.default_rng(seed)
+    is_positive = rng.random(83) < 0.2
+    scores = rng.integers(num_levels, size=83) - num_levels / 3
+
+    found = plain_ap(is_positive, scores)
+
+    assert found == pytest.approx(by_the_book.average_precision(is_positive, scores), abs=1e-12)
+    assert found == pytest.approx(average_precision_score(is_positive, scores), abs=1e-12)
+
+
+def test_a_row_of_weight_k_counts_as_k_rows():
+    rng = np.random.default_rng(0)
+    is_positive, scores = rng.random(50) < 0.3, rng.integers(12, size=50) / 7
+    weights = rng.integers(4, size=(20, 50))  # a quarter of the rows is left out of each draw
+
+    found = average_precision(is_positive, scores, weights)
+
+    expected = [by_the_book.average_precision(is_positive.repeat(w), scores.repeat(w)) for w in weights]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_an_embedding_that_holds_the_label_scores_one():
+    rng = np.random.default_rng(0)
+    labels, groups = rng.integers(3, size=60), np.arange(60) // 2
+    features = np.eye(3)[labels] * [0.01, 1, 300] + [7, 0, -2]
+
+    assert [probed_ap(features, labels == label, groups) for label in range(3)] == [1.0] * 3
+
+
+def test_an_embedding_that_knows_nothing_scores_as_a_random_order_does():
+    """Folds that hold more positives than others must be neither ahead nor behind when the scores are pooled."""
+    rng = np.random.default_rng(0)
+    groups, folds = np.arange(120) // 2, np.minimum(np.arange(120) // 12, 4)  # folds of 12, 12, 12, 12 and 72 rows
+    found, expected = [], []
+    for _ in range(60):
+        is_positive = np.isin(groups, rng.choice(60, 15, replace=False))
+        features = rng.normal(3, 2, (120, 6))
+        found.append(plain_ap(is_positive, held_out_scores(features, is_positive, groups, folds, fit_weakest)))
+        expected.append(by_the_book.average_precision(is_positive, rng.permutation(120)))
+
+    spread = np.hypot(np.std(found), np.std(expected)) / 60**0.5
+    assert np.mean(found) == pytest.approx(np.mean(expected), abs=3 * spread)
+
+
+def fit_weakest(features: np.ndarray, is_positive: np.ndarray, _: np.ndarray) -> Pipeline:
+    return linear_probe(features, is_positive, PENALTIES[0])
+
+
+def example(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[72, 5] features that know something, labels, and 24 groups of three rows, some of which are of both kinds."""
+    rng = np.random.default_rng(seed)
+    groups = np.arange(72) // 3
+    is_positive = rng.random(72) < 0.1 + 0.5 * (groups % 3 == 0)
+    features = rng.normal([0, 5, 0, 0, 0], [1, 1, 20, 1, 1], (72, 5))
+    features[:, 0] += 1.5 * is_positive
+    return features, is_positive, groups
+
+
+def test_the_score_of_a_row_does_not_depend_on_the_other_rows_of_its_fold():
+    features, is_positive, groups = example()
+    folds = groups % 4
+    before = held_out_scores(features, is_positive, groups, folds, FIT)
+    mates = (folds == 2) & (np.arange(72) != 6)  # row 6 itself stays as it is
+    features[mates] = 1e3 * features[mates] - 500
+    is_positive[mates] = ~is_positive[mates]
+
+    after = held_out_scores(features, is_positive, groups, folds, FIT)
+
+    assert folds[6] == 2 and after[6] == before[6]
+    assert (after[mates] != before[mates]).all() and (after[folds != 2] != before[folds != 2]).all()
+
+
+@pytest.mark.parametrize(("seed", "expected"), [(0, 0.1), (1, 1.0), (2, 0.01)])
+def test_the_penalty_is_what_a_search_inside_the_training_part_finds_best(seed, expected):
+    features, is_positive, groups = example(seed)
+    folds = grouped_folds(is_positive, groups, 5, seed=0)
+    by_penalty = {}
+    for penalty in PENALTIES:
+        scores = np.empty(72)
+        for fold in range(5):
+            x, y = features[folds != fold], is_positive[folds != fold]
+            mean, deviation = x.mean(axis=0), x.std(axis=0)
+            weights = np.where(y, len(y) / (2 * y.sum()), len(y) / (2 * (~y).sum()))
+            by_hand = LogisticRegression(C=1 / (penalty * len(y))).fit((x - mean) / deviation, y, weights)
+            scores[folds == fold] = by_hand.decision_function((features[folds == fold] - mean) / deviation)
+        by_penalty[penalty] = average_precision_score(is_positive, scores)
+
+    found = choose_and_fit(features, is_positive, groups, seed=0)
+
+    assert found.penalty == max(by_penalty, key=by_penalty.get) == expected
+    assert found.probe[0].n_samples_seen_ == 72  # refitted on the whole training part
+
+
+def test_of_equally_good_penalties_the_strongest_is_taken():
+    rows = np.arange(72)
+    assert FIT(rows[:, None] // 36 + 0.5, rows >= 36, rows // 3).penalty == 10.0
+
+
+def test_scores_of_a_strong_and_of_a_weak_penalty_are_on_one_scale(monkeypatch):
+    features, is_positive, groups = example()
+    raw, calibrated = {}, {}
+    for penalty in (10.0, 0.0001):
+        monkeypatch.setattr(probes, "PENALTIES", (penalty,))
+        found = FIT(features, is_positive, groups)
+        raw[penalty] = found.probe.decision_function(features).std()
+        calibrated[penalty] = found.decision_function(features).std()
+
+    assert raw[0.0001] > 20 * raw[10.0]
+    assert 0.5 < calibrated[0.0001] / calibrated[10.0] < 2
+
+
+def test_a_probe_of_noise_is_sure_of_nothing_even_where_it_fits_its_training_rows_perfectly(monkeypatch):
+    monkeypatch.setattr(probes, "PENALTIES", (0.0001,))
+    rng = np.random.default_rng(0)
+    is_positive = rng.random(72) < 0.3
+    found = FIT(rng.normal(size=(72, 100)), is_positive, np.arange(72) // 3)
+
+    log_odds = found.decision_function(rng.normal(size=(500, 100)))
+    assert np.abs(log_odds).mean() < 1
+
+
+def test_a_group_in_two_folds_is_refused():
+    features, is_positive, groups = example()
+    folds = groups % 4
+    folds[30] += 1
+    with pytest.raises(AssertionError, match="a group is in fold"):
+        held_out_scores(features, is_positive, groups, folds, FIT)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_each_group_lies_in_one_fold_and_each_fold_holds_both_kinds_of_rows(seed):
+    """Five of twelve groups hold a positive row, two of them nothing else; sizes are as unequal as in real tables."""
+    rng = np.random.default_rng(seed)
+    groups = rng.permutation(12).repeat(rng.permutation([1, 40, 3, 80, 17, 5, 5, 5, 5, 5, 9, 2]))
+    is_positive = np.isin(groups, [0, 7])
+    is_positive[[np.flatnonzero(groups == group)[0] for group in (3, 5, 11)]] = True
+
+    folds = grouped_folds(is_positive, groups, 5, seed)
+
+    assert all(len(set(folds[groups == group])) == 1 for group in range(12))
+    assert set(folds[is_positive]) == set(folds[~is_positive]) == {0, 1, 2, 3, 4}
+    assert any((grouped_folds(is_positive, groups, 5, other) != folds).any() for other in range(100, 103))
+
+
+@pytest.mark.parametrize(
+    ("num_with", "num_without", "prescribed", "reason"),
+    [
+        (4, 9, False, "groups that hold this label: 4, at least 5 needed"),
+        (9, 4, False, "groups that hold other rows: 4, at least 5 needed"),
+        (1, 9, True, "groups that hold this label: 1, at least 2 needed"),
+        (2, 9, True, "groups that hold this label outside fold 0: 1, at least 2 needed"),
+    ],
+)
+def test_a_label_with_too_few_groups_is_named_not_measurable(num_with, num_without, prescribed, reason):
+    groups = np.arange(num_with + num_without).repeat(3)
+    with pytest.raises(NotMeasurable, match=reason):
+        task_folds(groups < num_with, groups, groups % 2 if prescribed else None, seed=0)
+
+
+@pytest.mark.parametrize("prescribed", [False, True])
+def test_a_label_that_every_group_holds_beside_others_can_be_measured(prescribed):
+    rows = np.arange(30)
+    features = np.stack([rows % 3 == 0, rows % 3 == 1], axis=1)
+    folds = task_folds(rows % 3 == 0, rows // 3, rows // 3 % 2 if prescribed else None, seed=0)
+    assert plain_ap(rows % 3 == 0, held_out_scores(features, rows % 3 == 0, rows // 3, folds, FIT)) == 1
+
+
+def test_a_draw_takes_whole_groups_with_replacement_and_is_the_same_again_under_its_seed():
+    _, is_positive, groups = example()
+    draws = draw_groups(is_positive[:, None], groups, 300, seed=3)
+
+    assert (draws[0] == 1).all() and draws.shape == (301, 72)
+    by_group = draws[1:].reshape(300, 24, 3)  # the rows of one group lie side by side
+    assert (by_group == by_group[:, :, :1]).all()
+    assert (by_group[:, :, 0].sum(axis=1) == 24).all() and by_group.max() > 2
+    assert (draws == draw_groups(is_positive[:, None], groups, 300, seed=3)).all()
+    assert (draws != draw_groups(is_positive[:, None], groups, 300, seed=4)).any()
+
+
+def test_every_draw_holds_positives_of_every_task():
+    groups = np.arange(30)
+    tasks = np.stack([groups == 4, groups > 27], axis=1)  # a third of all draws lacks the first of them
+    assert (draw_groups(tasks, groups, 200, seed=0) @ tasks > 0).all()
+
+
+def test_the_interval_over_groups_covers_the_truth_and_that_over_rows_does_not():
+    """25 people of 8 nearly equal recordings each: 200 rows, but not 200 pieces of evidence."""
+    rng = np.random.default_rng(0)
+
+    def population(num_people: int) -> tuple[np.ndarray, np.ndarray]:
+        is_ill = np.arange(num_people) % 3 == 0
+        score = rng.normal(1.2 * is_ill)
+        return is_ill.repeat(8), (score.repeat(8) + rng.normal(0, 0.1, 8 * num_people))
+
+    truth = plain_ap(*population(200_000))
+    covered = {"groups": 0, "rows": 0}
+    for seed in range(100):
+        is_positive, scores = population(25)
+        for unit, groups in (("groups", np.arange(200) // 8), ("rows", np.arange(200))):
+            draws = draw_groups(is_positive[:, None], groups, 200, seed)
+            found = interval(average_precision(is_positive, scores, draws))
+            covered[unit] += found.low <= truth <= found.high
+
+    assert covered["groups"] >= 85  # 95 in the limit of many people
+    assert covered["rows"] <= 65
+
+
+def test_the_interval_is_the_first_draw_between_the_percentiles_of_the_others():
+    assert interval(np.array([7.0, *range(201)])) == (7.0, 5.0, 195.0)
