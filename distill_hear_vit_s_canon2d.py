@@ -12,9 +12,10 @@ B clips   P = 192 x 128 spectrogram   D width of the trunk   E = 512 HeAR embedd
 """
 
 import dataclasses
+import json
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +46,9 @@ class Config:
     lake: Path = Path("lake")
     """the lake to train from"""
     out: Path = Path("runs/hear-vit-s")
-    """run folder; an existing run is resumed"""
+    """run folder"""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on with the run in --out, if there is one; never: refuse to"""
     teacher: str = "google/hear-pytorch"
     """hub id or local folder of HeAR"""
     teacher_revision: str | None = None
@@ -116,7 +119,7 @@ PRESETS = {
         model=StudentConfig(width=96, blocks=4, heads=3, mlp_width=384),
     ),
 }
-BETAS = (0.9, 0.98)  # recommended for distillation by section 4.4 of our science notes: the second shorter than usual
+BETAS = (0.9, 0.98)  # of AdamW; the second below PyTorch's 0.999, whose memory of a thousand steps lags in a short run
 MAX_GRAD_NORM = 1.0
 MAX_SKIPPED_IN_A_ROW = 3  # non-finite gradients; one can be bad luck, three are a diverged run
 WAIT_S = 0.2
@@ -146,7 +149,9 @@ class Run:
     heartbeat: Heartbeat
     anchor: np.ndarray
     """[n, 32000] int16, read once: it never changes"""
-    logged: dict[str, float] = dataclasses.field(default_factory=dict)
+    skipped: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """scalar, on the device: steps whose gradient was not finite"""
+    logged: dict[str, float] = field(default_factory=dict)
     """the values of the last log point, for the heartbeat"""
     timed_from: tuple[int, float] = (0, 0.0)
     """the step, and the monotonic time, from which clips per second are counted"""
@@ -171,8 +176,12 @@ def open_run(config: Config) -> Run:
     device = torch.device(config.device)
     lake = Lake.open(config.lake)
     found = checkpoint.load_newest(config.out)
+    if found and config.resume == "never":
+        raise UserError(f"{config.out} holds a run, and --resume never; choose another --out")
     state: dict[str, Any] = (
-        found[0] if found else {"run": uuid.uuid4().hex, "step": 0, "best": float("inf"), "best_step": 0}
+        found[0]
+        if found
+        else {"run": uuid.uuid4().hex, "step": 0, "best": float("inf"), "best_step": 0, "skipped_steps": 0}
     )
     model = dataclasses.asdict(config.model)
     if found and state["student_config"] != model:
@@ -193,7 +202,9 @@ def open_run(config: Config) -> Run:
         print(f"resuming {config.out} at step {state['step']} of {config.steps}")
         if state["best_step"] == state["step"] and found[1].name == checkpoint.LATEST:
             checkpoint.keep_as_best(config.out)  # a kill may have come between the two names
-    write_config(config.out, config, teacher_revision=teacher.revision, run_id=state["run"])
+    write_config(
+        config.out, config, teacher_revision=teacher.revision, run_id=state["run"], is_stand_in=teacher.is_stand_in
+    )
 
     owner = Owner(lake.root, "train")
     run = Run(
@@ -215,6 +226,7 @@ def open_run(config: Config) -> Run:
         board=SummaryWriter(config.out / "tensorboard", purge_step=state["step"] + 1),
         heartbeat=Heartbeat(config.out / "progress.json", "train"),
         anchor=np.empty((0, 0), np.int16),
+        skipped=torch.tensor(float(state["skipped_steps"]), device=device),
     )
     return run
 
@@ -246,7 +258,7 @@ def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> Tenso
 
 def train(run: Run, stop: StopRequest) -> str:
     """The loop. Returns why it ended, for people."""
-    config, skipped, skipped_in_a_row = run.config, *torch.zeros(2, device=run.config.device)
+    config, skipped_in_a_row = run.config, torch.zeros((), device=run.config.device)
     run.timed_from = (run.step, time.monotonic())
     while run.step < config.steps:
         batch = next_batch(run, stop)
@@ -261,14 +273,14 @@ def train(run: Run, stop: StopRequest) -> str:
         terms = {name: term.detach() for name, term in terms.items()}
         terms["grad_norm"] = nn.utils.clip_grad_norm_(run.student.parameters(), MAX_GRAD_NORM)
         is_bad = step_if_finite(run.optimizer, terms["grad_norm"])
-        skipped, skipped_in_a_row = skipped + is_bad, (skipped_in_a_row + 1) * is_bad
+        run.skipped, skipped_in_a_row = run.skipped + is_bad, (skipped_in_a_row + 1) * is_bad
         run.optimizer.zero_grad(set_to_none=True)
         run.reader.mark_trained(batch.ids)
         run.step, run.saves_here = run.step + 1, 0
 
         if run.step % config.log_every == 0 or run.step == config.steps:
             stop_if_diverged(run, int(skipped_in_a_row))  # the loop's only wait for the device
-            log_step(run, terms, skipped)
+            log_step(run, terms)
         if run.step % config.save_every == 0 or run.step == config.steps:
             validate_and_save(run)
             run.timed_from = (run.step, time.monotonic())
@@ -320,13 +332,13 @@ def stop_if_diverged(run: Run, skipped_in_a_row: int) -> None:
         )
 
 
-def log_step(run: Run, terms: dict[str, Tensor], skipped: Tensor) -> None:
+def log_step(run: Run, terms: dict[str, Tensor]) -> None:
     """What the last step was like, and how fast the steps since the last log point or save were."""
     step, began = run.timed_from
     run.timed_from = (run.step, time.monotonic())
     run.logged = {
         **floats(terms),
-        "skipped_steps": float(skipped),
+        "skipped_steps": float(run.skipped),
         "lr": run.config.lr_at(run.step - 1),
         "clips_per_s": (run.step - step) * run.config.batch_size / (time.monotonic() - began),
         "waited_s": run.waited_s,
@@ -394,6 +406,7 @@ def save(run: Run, is_best: bool = False) -> None:
         "step": run.step,
         "best": run.best,
         "best_step": run.best_step,
+        "skipped_steps": int(run.skipped),
         "student_config": dataclasses.asdict(run.config.model),
         "student": run.student.state_dict(),
         "optimizer": run.optimizer.state_dict(),
@@ -414,7 +427,7 @@ def draw_losses(out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    lines = read_metrics(out)
+    lines, config = read_metrics(out), json.loads((out / "config.json").read_text())
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for axes, names in (
         (left, ("loss", "mse", "relational", "contrastive")),
@@ -429,6 +442,7 @@ def draw_losses(out: Path) -> None:
         axes.grid(alpha=0.3)
     left.set(title="training loss and its terms (unweighted)", yscale="log")
     right.set(title="explained variance of the teacher's embedding, held out")
+    figure.suptitle(f"{out}, {'stand-in teacher' if config['is_stand_in'] else config['teacher']}")
     with atomic_write(out / "loss.png") as f:
         figure.savefig(f, format="png", dpi=120)
     plt.close(figure)

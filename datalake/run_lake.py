@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -411,10 +412,21 @@ def check_lake(config: Config) -> int:
     return 1 if found else 0
 
 
+def alone_on(lake: Path) -> AbstractContextManager[None]:
+    """Hold the lake for this supervisor. Raises UserError if another has it."""
+    refusal = f"another supervisor runs {lake}; look at it with: python datalake/run_lake.py status --lake {lake}"
+    return alone(lake / LOCK, refusal)
+
+
+def check(config: Config) -> None:
+    """`--check`, which must not change the cap of a lake that is running."""
+    with alone_on(config.lake):
+        check_children(config)
+
+
 def main(config: Config) -> None:
     stop = StopRequest()
-    refusal = f"another supervisor runs {config.lake}; look: python datalake/run_lake.py status --lake {config.lake}"
-    with alone(config.lake / LOCK, refusal):
+    with alone_on(config.lake):
         check_children(config)
         reader, writer = os.pipe()  # `writer` closes with this process, however it ends
         supervisor = Supervisor(config, Lake.open(config.lake), reader)
@@ -434,4 +446,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, PRESETS, __doc__, actions={"status": show_status, "fsck": check_lake}, check=check_children)
+    cli.run(main, PRESETS, __doc__, actions={"status": show_status, "fsck": check_lake}, check=check)

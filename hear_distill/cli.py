@@ -43,7 +43,7 @@ def run(
         argv = [argument for argument in sys.argv[1:] if argument != "--check"]
         action, config = parse(main, presets, argv, description, actions or {})
         if is_check:
-            action = check or (lambda _: None)
+            action = check if check and action is main else lambda _: None
         sys.exit(action(config))
     except UserError as e:
         print("error: " + " ".join(str(e).split()), file=sys.stderr)
@@ -106,7 +106,7 @@ def join_values(argv: Sequence[str]) -> list[str]:
     """`--train-args VALUE` as one word: a value that is itself a flag would be taken for the next one."""
     joined: list[str] = []
     for argument in argv:
-        if joined and joined[-1].endswith("-args"):
+        if joined and joined[-1].startswith("--") and joined[-1].endswith("-args"):
             joined[-1] += f"={argument}"
         else:
             joined.append(argument)

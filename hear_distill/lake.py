@@ -162,11 +162,10 @@ class Lake:
     # ---- writing ----
 
     def take_tars(self, owner: str, count: int) -> list[Cursor]:
-        """Up to `count` cursors that nobody holds, begun ones first, then in the order of the permutation."""
+        """Up to `count` cursors that nobody holds, in the order of the permutation: begun ones come first."""
         with self.transaction():
             rows = self.db.execute(
-                "SELECT * FROM tars WHERE owner IS NULL AND state IN ('open', 'waiting')"
-                " ORDER BY state = 'waiting', position LIMIT ?",
+                "SELECT * FROM tars WHERE owner IS NULL AND state IN ('open', 'waiting') ORDER BY position LIMIT ?",
                 (count,),
             ).fetchall()
             for row in rows:

@@ -1,0 +1,316 @@
+"""The command line: what is accepted, what one line says about everything else, and which flags each stage has."""
+
+import io
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from lake_tools import ROOT
+
+from hear_distill import cli
+from hear_distill.files import UserError
+
+STREAMER = "stream_laion_audio_clips.py"
+TRAINER = "distill_hear_vit_s_canon2d.py"
+SUPERVISOR = "datalake/run_lake.py"
+EVALUATION = "evaluate_distilled_hear.py"
+BENCHMARK = "benchmark_student_vs_hear.py"
+FLAGS = {
+    STREAMER: {
+        *("source", "lake", "cap-gb", "shard-clips", "open-tars"),
+        *("val-fraction", "val-clips", "max-workers", "seed"),
+    },
+    SUPERVISOR: {
+        *("lake", "source", "out", "cap-gb", "disk-floor-gb"),
+        *("max-workers", "recipe", "stream-args", "train-args"),
+    },
+    TRAINER: {
+        *(
+            "lake",
+            "out",
+            "resume",
+            "teacher",
+            "teacher-revision",
+            "device",
+            "steps",
+            "batch-size",
+            "lr",
+            "warmup-steps",
+        ),
+        *("decay-steps", "weight-decay", "open-shards", "save-every", "log-every", "resume", "seed"),
+        *("model.width", "model.blocks", "model.heads", "model.mlp-width", "model.embedding-width"),
+        *("model.canon", "model.canon-kernel", "model.canon-dims", "model.positions"),
+        *("loss.mse", "loss.relational", "loss.contrastive"),
+    },
+    EVALUATION: {"checkpoint", "teacher", "table", "out", "device", "batch-size", "seed"},
+    BENCHMARK: {
+        *("checkpoint", "size", "teacher", "batch-sizes", "threads", "repeats", "limit-s", "device", "out"),
+    },
+}
+WORDS = {
+    STREAMER: "laion | demo (none means laion)",
+    SUPERVISOR: "best | paper | demo | status | fsck (none means best)",
+    TRAINER: "best | paper | demo (none means best)",
+    EVALUATION: "real | demo (none means real)",
+    BENCHMARK: "full | demo (none means full)",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    """Of the inside."""
+
+    depth: int = 3
+    """how deep"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toy:
+    """Flags of a stage that writes its configuration into a file."""
+
+    out: Path = Path("toy.txt")
+    """the file"""
+    num_rounds: int = 7
+    """how many times"""
+    colour: Literal["red", "green"] = "red"
+    """of the paint"""
+    note: str = ""
+    """a remark"""
+    inner: Inner = field(default_factory=Inner)
+
+    def __post_init__(self) -> None:
+        if self.num_rounds > 100 and self.colour == "green":
+            raise ValueError(f"--num-rounds {self.num_rounds} is more than 100, too many for --colour green")
+
+
+TOY_PRESETS = {"plain": Toy(), "bright": Toy(num_rounds=40, colour="green")}
+
+
+def ended(command: Callable[[], object], encoding: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command, on a terminal of that encoding."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding, write_through=True) for _ in range(2))
+    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as end:
+        command()
+    return end.value.code or 0, out.buffer.getvalue().decode(encoding), err.buffer.getvalue().decode(encoding)
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """Run a toy stage in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def work(config: Toy) -> None:
+        config.out.write_text(repr(config))
+
+    def count(config: Toy) -> int:
+        print(f"counted to {config.num_rounds}")
+        return 1
+
+    def run(*arguments: str, main=work, check=None, encoding="utf-8") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["toy.py", *arguments])
+        description = "What the toy is for."
+        return ended(lambda: cli.run(main, TOY_PRESETS, description, {"count": count}, check), encoding)
+
+    return run
+
+
+def test_a_bare_command_is_the_first_preset(toy):
+    assert toy() == (0, "", "")
+    assert Path("toy.txt").read_text() == repr(TOY_PRESETS["plain"])
+
+
+def test_a_flag_overrides_a_single_field_of_the_preset_that_the_word_names(toy):
+    assert toy("bright", "--note", "loud", "--inner.depth", "5") == (0, "", "")
+    expected = Toy(num_rounds=40, colour="green", note="loud", inner=Inner(depth=5))
+    assert Path("toy.txt").read_text() == repr(expected)
+
+
+def test_an_action_runs_instead_of_the_stage_and_its_result_is_the_exit_code(toy, tmp_path):
+    assert toy("count", "--num-rounds", "3") == (1, "counted to 3\n", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+MISTAKES = {
+    "mistyped word": (["brihgt"], ["'brihgt'", "plain, bright, count", "none means plain"]),
+    "second word": (["bright", "plain"], ["plain"]),
+    "mistyped flag": (["--num-round", "4"], ["--num-round", "did you mean --num-rounds?"]),
+    "unlike any flag": (["--zzz"], ["--zzz"]),
+    "wrong type": (["--num-rounds", "many"], ["--num-rounds", "'many'"]),
+    "wrong choice": (["--colour", "blue"], ["--colour", "blue", "red", "green"]),
+    "missing value": (["--num-rounds"], ["--num-rounds"]),
+    "impossible combination": (["--num-rounds", "200", "--colour", "green"], ["--num-rounds 200", "--colour green"]),
+    "nested wrong type": (["--inner.depth", "1.5"], ["--inner.depth", "'1.5'"]),
+    "a value that looks like a rule": (["--num-rounds", "-----x"], ["--num-rounds"]),
+    "a value with a rule inside": (["--num-rounds", "x-----y"], ["'x-----y'"]),
+}
+
+
+@pytest.mark.parametrize("columns", ["40", "200"], ids=["narrow terminal", "wide terminal"])
+@pytest.mark.parametrize(("arguments", "expected"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2_and_nothing_is_written(
+    toy, tmp_path, monkeypatch, arguments, expected, columns
+):
+    monkeypatch.setenv("COLUMNS", columns)
+    code, out, err = toy(*arguments)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"error: [^\n│╭─]+\n", err)
+    assert [text for text in expected if text not in err] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "iso8859-1"])
+def test_a_mistake_reads_the_same_where_a_terminal_has_no_box_characters(toy, encoding):
+    for arguments, _ in MISTAKES.values():
+        assert toy(*arguments, encoding=encoding) == toy(*arguments)
+
+
+def test_help_shows_the_docstring_the_words_and_every_flag_with_its_help_and_its_default(toy, tmp_path):
+    code, out, err = toy("bright", "--help")
+    assert (code, err) == (0, "")
+    expected = ["What the toy is for.", "plain | bright | count (none means plain)", "the defaults below are of bright"]
+    expected += ["--out", "the file", "--num-rounds", "how many times (default: 40)"]
+    expected += ["--colour", "of the paint (default: green)", "--inner.depth", "how deep (default: 3)"]
+    assert [text for text in expected if text not in out] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["--check"], ["bright", "--check"], ["count", "--check"]])
+def test_check_runs_neither_the_stage_nor_an_action(toy, tmp_path, arguments):
+    assert toy(*arguments) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_still_refuses_a_mistake_and_asks_the_stage_about_the_disk(toy):
+    def refuse(config: Toy) -> None:
+        raise UserError(f"{config.out} is in the way")
+
+    assert toy("--check", "--colour", "blue")[0] == 2
+    assert toy("--check", check=refuse) == (2, "", "error: toy.txt is in the way\n")
+    assert toy(check=refuse) == (0, "", "")
+
+
+def test_check_asks_the_stage_nothing_when_only_an_action_was_asked_for(toy):
+    def refuse(config: Toy) -> None:
+        raise UserError("never asked")
+
+    assert toy("count", "--check", check=refuse) == (0, "", "")
+
+
+def test_a_value_that_ends_like_a_flag_for_children_is_an_ordinary_value(toy):
+    assert toy("--note", "no-args", "--num-rounds", "3") == (0, "", "")
+    assert Path("toy.txt").read_text() == repr(Toy(note="no-args", num_rounds=3))
+
+
+def test_a_user_error_of_the_stage_is_one_line_however_it_was_written(toy):
+    def fail(config: Toy) -> None:
+        raise UserError("no lake here\n  to fill it:   this way\n\n  or:   that way\n")
+
+    assert toy(main=fail) == (2, "", "error: no lake here to fill it: this way or: that way\n")
+
+
+def test_a_bug_keeps_its_traceback_and_exit_code_1(tmp_path):
+    script = tmp_path / "buggy.py"
+    script.write_text(
+        "from dataclasses import dataclass\n"
+        "from hear_distill import cli\n"
+        "@dataclass(frozen=True)\n"
+        "class Config:\n"
+        "    size: int = 1\n"
+        "def main(config):\n"
+        "    return {}[config.size]\n"
+        "cli.run(main, {'only': Config()}, 'A stage with a bug.')\n"
+    )
+    process = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stdout) == (1, "")
+    assert process.stderr.startswith("Traceback") and "return {}[config.size]" in process.stderr
+    assert process.stderr.endswith("KeyError: 1\n")
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch):
+    """Run a real stage in an empty folder, as its script does: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "400")
+
+    def run(script: str, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        return ended(lambda: runpy.run_path(str(ROOT / script), run_name="__main__"), "utf-8")
+
+    return run
+
+
+def flags_in(text: str) -> dict[str, str]:
+    """What --help says of each flag; a long one has its text on the next line."""
+    return dict(re.findall(r"│ --([a-z][a-z.-]*) (?:\S+|\[.*?\]\])(?: *│\n│)? +(\S.*?) +│", text))
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_the_flags_and_the_words_of_a_stage_are_these(stage, script):
+    code, out, err = stage(script, "--help")
+    assert (code, err) == (0, "")
+    assert flags_in(out).keys() == FLAGS[script]
+    assert f"first word: {WORDS[script]}" in out
+
+
+def test_every_flag_of_a_stage_has_a_text_besides_its_default(stage):
+    texts = {(script, *item) for script in FLAGS for item in flags_in(stage(script, "--help")[1]).items()}
+    assert sorted(flag for _, flag, text in texts if text.startswith("(default")) == []
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_help_of_a_stage_begins_with_its_docstring(stage, script):
+    docstring = (ROOT / script).read_text().split('"""')[1]
+    assert stage(script, "--help")[1].startswith(docstring)
+
+
+def test_help_shows_the_defaults_of_the_preset_that_the_word_names(stage):
+    bare, demo = (flags_in(stage(TRAINER, *word, "--help")[1]) for word in ([], ["demo"]))
+    assert "(default: 50000)" in bare["steps"] and "(default: 200)" in demo["steps"]
+    assert "(default: cuda)" in bare["device"] and "(default: cpu)" in demo["device"]
+
+
+STAGE_MISTAKES = {
+    "streamer, word": (STREAMER, ["dmo"], "laion, demo"),
+    "streamer, flag": (STREAMER, ["--shard-clip", "4"], "--shard-clips"),
+    "streamer, type": (STREAMER, ["--cap-gb", "much"], "--cap-gb"),
+    "streamer, impossible": (STREAMER, ["--val-fraction", "1.5"], "--val-fraction must be in [0, 1), got 1.5"),
+    "streamer, no source": (STREAMER, ["--source", "nowhere"], "no folder nowhere"),
+    "supervisor, word": (SUPERVISOR, ["stats"], "status"),
+    "supervisor, flag": (SUPERVISOR, ["--cap", "4"], "--cap-gb"),
+    "supervisor, type": (SUPERVISOR, ["--max-workers", "2.5"], "--max-workers"),
+    "supervisor, impossible": (SUPERVISOR, ["--max-workers", "0"], "--max-workers must be at least 1, got 0"),
+    "status, no lake": (SUPERVISOR, ["status"], "no lake at lake"),
+    "fsck, no lake": (SUPERVISOR, ["fsck", "--lake", "nowhere"], "no lake at nowhere"),
+    "trainer, word": (TRAINER, ["papr"], "best, paper, demo"),
+    "trainer, flag": (TRAINER, ["--model.widht", "4"], "--model.width"),
+    "trainer, type": (TRAINER, ["--steps", "1e3"], "--steps"),
+    "trainer, choice": (TRAINER, ["--device", "gpu"], "cuda"),
+    "trainer, impossible": (
+        TRAINER,
+        ["demo", "--steps", "49"],
+        "--warmup-steps 10 + --decay-steps 40 exceed --steps 49",
+    ),
+    "trainer, impossible model": (TRAINER, ["--model.heads", "5"], "width 384 and heads 5"),
+    "trainer, missing value": (TRAINER, ["--out"], "--out"),
+}
+
+
+@pytest.mark.parametrize(("script", "arguments", "expected"), STAGE_MISTAKES.values(), ids=STAGE_MISTAKES)
+def test_a_stage_answers_a_mistake_with_one_line_and_writes_nothing(stage, tmp_path, script, arguments, expected):
+    code, out, err = stage(script, *arguments)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"error: [^\n]+\n", err) and expected in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", ["--stream-args", "--train-args"])
+def test_the_supervisor_takes_flags_for_its_children_as_its_help_spells_them(stage, flag):
+    assert stage(SUPERVISOR, flag, "--steps 4 --seed 1", "--help")[0] == 0
+    assert stage(SUPERVISOR, "status", flag, "--steps 4 --seed 1")[2].startswith("error: no lake at lake")

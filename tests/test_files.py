@@ -1,0 +1,125 @@
+"""Files are whole or absent, locks end with their process, crash points kill where they are asked to."""
+
+import fcntl
+import json
+import signal
+
+import numpy as np
+import pytest
+from lake_tools import run_python, start_python
+
+from hear_distill.files import CRASH_POINTS, UserError, alone, atomic_write, gib, is_locked, write_json
+
+WRITE_AND_DIE = """
+import os, signal, sys
+from pathlib import Path
+from hear_distill.files import atomic_write
+with atomic_write(Path(sys.argv[1])) as f:
+    f.write(b"half of the new")
+    f.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+HOLD = """
+import sys
+from pathlib import Path
+from hear_distill.files import alone
+with alone(Path(sys.argv[1]), "held"):
+    print("holding", flush=True)
+    sys.stdin.read()
+"""
+PASS_POINTS = """
+from hear_distill.files import CRASH_POINTS, crash_point
+for name in CRASH_POINTS:
+    print(name, flush=True)
+    crash_point(name)
+"""
+
+
+def test_an_exception_while_writing_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "latest.json"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as f:
+        f.write(b"half of the new")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_kill_while_writing_leaves_the_old_file_and_the_next_write_replaces_it(tmp_path):
+    path = tmp_path / "latest.json"
+    path.write_bytes(b"old")
+    assert run_python(WRITE_AND_DIE, path).returncode == -signal.SIGKILL
+    assert path.read_bytes() == b"old"
+    with atomic_write(path) as f:
+        f.write(b"new")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_readers_see_the_old_file_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "deep" / "folder" / "file"
+    with atomic_write(path) as f:
+        f.write(b"first")
+        assert not path.exists()
+    with atomic_write(path) as f:
+        f.write(b"second")
+        f.flush()
+        assert path.read_bytes() == b"first"
+    assert path.read_bytes() == b"second"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf"), np.float64("nan"), np.float32("nan"), {1}], ids=repr)
+def test_json_that_other_readers_refuse_is_not_written(tmp_path, bad):
+    path = tmp_path / "status.json"
+    write_json(path, {"loss": 0.5, "path": tmp_path})
+    with pytest.raises((ValueError, TypeError)):
+        write_json(path, {"loss": bad})
+    assert json.loads(path.read_text()) == {"loss": 0.5, "path": str(tmp_path)}
+
+
+def test_a_lock_is_held_across_processes_until_its_holder_is_killed(tmp_path):
+    lock = tmp_path / "new" / "lock"
+    assert not is_locked(lock)
+    holder = start_python(HOLD, lock)
+    assert is_locked(lock)
+    with pytest.raises(UserError, match="wait for it"), alone(lock, "wait for it"):
+        pytest.fail("two processes hold one lock")
+    holder.kill()
+    holder.communicate()
+    assert not is_locked(lock)
+    with alone(lock, "held"):
+        assert is_locked(lock)
+    assert not is_locked(lock)
+
+
+def test_lookers_do_not_take_each_other_for_the_holder(tmp_path):
+    lock = tmp_path / "lock"
+    lock.touch()
+    with lock.open() as other_looker:
+        fcntl.flock(other_looker, fcntl.LOCK_SH)
+        assert not is_locked(lock)
+    with alone(lock, "taken by a look"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["shard-reserved", "shard-renamed", "shard-retired"])
+def test_a_crash_point_kills_at_its_name_and_nowhere_before(name):
+    died = run_python(PASS_POINTS, crash_at=name)
+    passed = list(CRASH_POINTS)[: list(CRASH_POINTS).index(name) + 1]
+    assert (died.returncode, died.stdout.split()) == (-signal.SIGKILL, passed)
+
+
+def test_without_being_asked_no_crash_point_kills():
+    whole = run_python(PASS_POINTS)
+    assert (whole.returncode, whole.stdout.split()) == (0, list(CRASH_POINTS))
+
+
+def test_an_unknown_crash_point_is_our_own_mistake_and_found_at_once():
+    died = run_python("from hear_distill.files import crash_point; crash_point('shard-renamd')")
+    assert died.returncode == 1
+    assert "shard-renamd is not in CRASH_POINTS" in died.stderr
+
+
+@pytest.mark.parametrize(("num_bytes", "text"), [(3 * 2**29, "1.50 GiB"), (96 * 2**20, "96.0 MiB"), (0, "0.0 MiB")])
+def test_sizes_are_said_in_binary_units(num_bytes, text):
+    assert gib(num_bytes) == text

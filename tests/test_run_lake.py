@@ -1,0 +1,449 @@
+"""The supervisor: it keeps a lake filled within its cap, and whatever ends it, nothing of it is left running.
+
+Most tests give it a stand-in for the trainer (dry_trainer.py) that needs no torch; the first one runs the real stages.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from lake_tools import ROOT, add_shard, environment, make_lake, write_source
+from train_tools import load_stage
+
+from hear_distill.files import GIB, UserError
+from hear_distill.lake import Lake
+from hear_distill.runlog import Heartbeat
+from hear_distill.teacher import save_stand_in
+
+SUPERVISOR = ROOT / "datalake" / "run_lake.py"
+DRY_TRAINER = Path(__file__).parent / "dry_trainer.py"
+RECORD_BYTES, END_BYTES = 66_560, 1_024  # of a shard, from datalake/README.md
+SHARD_CLIPS, VAL_CLIPS = 10, 8
+SECONDS_TO_LEAVE = 10.0  # for all children, however the supervisor ended
+DRY = """
+import sys
+from pathlib import Path
+from train_tools import load_stage
+from hear_distill import cli
+
+stage = load_stage(Path(sys.argv.pop(1)))
+stage.TRAINER = Path(sys.argv.pop(1))
+stage.BACKOFF_S = 0.1
+cli.run(stage.main, stage.PRESETS, stage.__doc__, check=stage.check)
+"""
+
+
+def cap_for(num_clips: int) -> int:
+    """Bytes of this many clips in files of ten."""
+    return num_clips * RECORD_BYTES + (num_clips // SHARD_CLIPS + 1) * END_BYTES
+
+
+@dataclass
+class House:
+    """A source, a lake and a run folder, and the supervisors that were started on them."""
+
+    source: Path
+    root: Path
+    cap_bytes: int = cap_for(80)
+    stream_args: str = f"--shard-clips {SHARD_CLIPS} --open-tars 2 --val-clips {VAL_CLIPS} --val-fraction 0.05"
+    train_args: str = "--pause-s 0.05"
+    processes: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    @property
+    def lake(self) -> Path:
+        return self.root / "lake"
+
+    def start(self, *more: str, dry: bool = True, crash_at: str | None = None) -> "subprocess.Popen[str]":
+        """Start a supervisor, in a session of its own as a terminal would."""
+        script = ["-c", DRY, str(SUPERVISOR), str(DRY_TRAINER)] if dry else [str(SUPERVISOR)]
+        flags = {"--lake": self.lake, "--source": self.source, "--out": self.root / "run", "--disk-floor-gb": 0}
+        flags |= {"--cap-gb": self.cap_bytes / GIB, "--max-workers": 2}
+        flags |= {"--stream-args": self.stream_args, "--train-args": self.train_args}
+        process = subprocess.Popen(
+            [sys.executable, *script, *(str(word) for flag in flags.items() for word in flag), *more],
+            cwd=Path(__file__).parent,
+            env=environment(crash_at),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.processes.append(process)
+        return process
+
+    def status(self, word: str = "status") -> "subprocess.CompletedProcess[str]":
+        """Look at the lake as a user would."""
+        command = [sys.executable, str(SUPERVISOR), word, "--lake", str(self.lake)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    def ledger(self, look: Callable[[Lake], object]) -> object:
+        """Look at the ledger."""
+        ledger = Lake.open(self.lake)
+        try:
+            return look(ledger)
+        finally:
+            ledger.close()
+
+    def num_clips_trained(self) -> int:
+        """So far, from the books; 0 before there is a lake."""
+        try:
+            return self.ledger(lambda ledger: ledger.books().trained)
+        except UserError:
+            return 0
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory) -> Path:
+    return write_source(tmp_path_factory.mktemp("source"), num_tars=4, recordings_per_tar=28)
+
+
+@pytest.fixture
+def house(source, tmp_path):
+    """A house whose processes all end with the test, also those that a bug left behind."""
+    house = House(source, tmp_path)
+    yield house
+    for process in house.processes:
+        process.kill()
+        process.communicate()
+    for process in psutil.process_iter(["cmdline"]):
+        if str(tmp_path) in " ".join(process.info["cmdline"] or []):
+            process.kill()
+
+
+def children_of(process: "subprocess.Popen[str]", script: str) -> list[psutil.Process]:
+    """The running children of a supervisor that run this script, --check excepted."""
+    found = []
+    for child in psutil.Process(process.pid).children():
+        try:
+            command = child.cmdline()
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+        if any(word.endswith(script) for word in command) and "--check" not in command:
+            found.append(child)
+    return found
+
+
+def wait_for(is_so: Callable[[], object], seconds: float = 60.0) -> None:
+    """Until the condition holds; a hang is a failure."""
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def end_of(process: "subprocess.Popen[str]", seconds: float = 90.0) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr."""
+    out, err = process.communicate(timeout=seconds)
+    return process.returncode, out, err
+
+
+def assert_finished(house: House) -> None:
+    """Everything is cut and trained but for less than a batch, and ledger and folders agree."""
+    books, unread, free = house.ledger(lambda lake: (lake.books(), lake.unread_clips(), lake.tar_states()["free"]))
+    assert books.balance() == 0
+    assert books.trained > 200 and books.trained + unread == books.cut - books.validation - books.retired_validation
+    assert free == books.quarantined == 0 and books.ready + books.leased == unread < 4
+    fsck = house.status("fsck")
+    assert fsck.returncode == 0 and "agree" in fsck.stdout
+
+
+class DiskWatch(threading.Thread):
+    """Looks every 10 ms at how many bytes of audio a lake holds, finished or not, until it is told to stop."""
+
+    def __init__(self, lake: Path) -> None:
+        super().__init__(daemon=True)
+        self.folders, self.highest, self.looks, self.is_done = (lake / "shards", lake / "val"), 0, 0, False
+
+    def look(self) -> int:
+        sizes: dict[int, int] = {}  # by inode: a file that is renamed during the look has two names in it
+        for folder in self.folders:
+            for entry in os.scandir(folder) if folder.exists() else ():
+                try:
+                    sizes[entry.inode()] = entry.stat().st_size
+                except FileNotFoundError:
+                    continue
+        return sum(sizes.values())
+
+    def run(self) -> None:
+        while not self.is_done:
+            # A look takes time, in which one file may go and another come: it counts if the next one sees as much.
+            self.highest = max(self.highest, min(self.look(), self.look()))
+            self.looks += 1
+            time.sleep(0.01)
+
+
+# ---- the whole ----
+
+
+def test_a_lake_fills_and_drains_and_fills_again_within_its_cap_until_the_source_ends(house, tmp_path):
+    teacher = save_stand_in(tmp_path / "teacher", seed=0)
+    house.train_args = (
+        f"--device cpu --teacher {teacher} --steps 1000 --batch-size 4 --open-shards 2 --save-every 2 --log-every 1"
+        " --warmup-steps 0 --decay-steps 0 --model.width 24 --model.heads 2 --model.blocks 1 --model.mlp-width 24"
+    )
+    watch = DiskWatch(house.lake)
+    watch.start()
+    code, out, err = end_of(house.start(dry=False), seconds=180)
+    watch.is_done = True
+    watch.join()
+    assert (code, err) == (0, ""), out
+    assert out.count("the lake is full") >= 2 and out.count("the streamers start again") >= 2
+    assert 0.8 * house.cap_bytes < watch.highest <= house.cap_bytes and watch.looks > 100
+    assert_finished(house)
+    status = json.loads((house.lake / "status.json").read_text())
+    assert status["cap_bytes"] == house.cap_bytes and status["times_full"] >= 2 and status["trainer"]["step"] > 20
+
+
+# ---- ends ----
+
+
+def running(house: House) -> "subprocess.Popen[str]":
+    """A supervisor in full swing: a trainer that has trained, and at least one streamer at work."""
+    process = house.start()
+    wait_for(lambda: house.num_clips_trained() > 20 and children_of(process, "stream_laion_audio_clips.py"))
+    assert len(children_of(process, "dry_trainer.py")) == 1
+    return process
+
+
+def family(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    """All living descendants."""
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+@pytest.mark.parametrize("way", ["Ctrl-C", "SIGTERM"])
+def test_a_supervisor_that_is_asked_to_stop_leaves_nobody_behind_and_goes_on_when_run_again(house, way):
+    process = running(house)
+    children, begin = family(process), time.monotonic()
+    if way == "Ctrl-C":
+        os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
+    else:
+        process.terminate()
+    code, out, _ = end_of(process)
+    assert code == 0 and "stopped" in out
+    assert time.monotonic() - begin < SECONDS_TO_LEAVE
+    assert not any(child.is_running() for child in children)
+    trained = house.num_clips_trained()
+    assert trained > 20 and house.status("fsck").returncode == 0
+
+    code, out, err = end_of(house.start())
+    assert (code, err) == (0, "") and "finished" in out
+    assert_finished(house)
+
+
+def test_the_children_of_a_killed_supervisor_end_by_themselves_and_it_goes_on_when_run_again(house):
+    process = running(house)
+    children = family(process)
+    process.kill()
+    _, alive = psutil.wait_procs(children, timeout=SECONDS_TO_LEAVE)
+    assert alive == []
+    assert house.status("fsck").returncode == 0
+    assert end_of(house.start())[0] == 0
+    assert_finished(house)
+
+
+@pytest.mark.parametrize("script", ["stream_laion_audio_clips.py", "dry_trainer.py"])
+def test_a_killed_child_is_started_again_and_the_run_completes(house, script):
+    process = running(house)
+    for _ in range(2):
+        wait_for(lambda: children_of(process, script))
+        victim = children_of(process, script)[0]
+        victim.kill()
+        wait_for(lambda victim=victim: not victim.is_running())
+        time.sleep(0.5)
+    code, out, err = end_of(process)
+    assert (code, err) == (0, ""), out
+    assert "ended with code -9" in out and "crash 2 within an hour" in out
+    assert_finished(house)
+
+
+def test_a_child_that_crashes_again_and_again_is_given_up_with_one_line(house):
+    process = house.start(crash_at="shard-reserved")
+    code, _, err = end_of(process)
+    assert code == 2
+    assert re.fullmatch(r"error: 4 crashes within an hour, 3 are allowed[^\n]*stream-\d\.log[^\n]*\n", err)
+    assert psutil.pid_exists(process.pid) is False
+    assert house.status("fsck").returncode == 0
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"stream_args": "--shard-clip 3"}, "stream_laion_audio_clips.py: Unrecognized options: --shard-clip"),
+        ({"train_args": "--batch-size many"}, "dry_trainer.py: Error parsing --batch-size"),
+        ({"train_args": "papre"}, "dry_trainer.py: Unrecognized options: papre"),
+        ({"source": Path("nowhere")}, "no folder nowhere"),
+    ],
+    ids=["streamer flag", "trainer type", "trainer word", "source"],
+)
+def test_wrong_arguments_for_a_child_are_refused_before_anything_starts(house, arguments, expected):
+    for name, value in arguments.items():
+        setattr(house, name, value)
+    code, out, err = end_of(house.start())
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"error: [^\n]+\n", err) and expected in err
+    assert not (house.lake / "logs").exists() and not list(house.lake.rglob("*.tar*"))
+
+
+def test_an_open_quote_in_the_arguments_for_a_child_is_refused(house):
+    house.stream_args = "--source 'my folder"
+    code, out, err = end_of(house.start())
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"error: [^\n]*--stream-args[^\n]*\n", err)
+
+
+def test_ctrl_c_while_the_arguments_are_checked_is_no_error(house):
+    process = house.start()
+    wait_for(lambda: family(process))
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    code, out, err = end_of(process)
+    assert code == 0 and "Traceback" not in out + err
+    assert not list(house.lake.rglob("*.tar*"))
+
+
+# ---- looking ----
+
+
+def test_status_and_a_second_supervisor_tell_whether_one_is_running(house):
+    process = running(house)
+    status = house.status()
+    assert status.returncode == 0 and f"{house.lake}: running" in status.stdout
+    for word in ("unread clips", "books", "trained", "recordings", "streamers", "full"):
+        assert word in status.stdout
+
+    code, _, err = end_of(house.start())
+    assert code == 2 and re.fullmatch(r"error: another supervisor runs [^\n]+ status --lake [^\n]+\n", err)
+    assert process.poll() is None and house.ledger(Lake.cap_bytes) == house.cap_bytes
+
+    process.terminate()
+    end_of(process)
+    status = house.status()
+    assert status.returncode == 1 and f"{house.lake}: not running" in status.stdout
+    assert str(house.num_clips_trained()) in status.stdout
+
+
+def test_a_check_leaves_the_lake_that_somebody_else_runs_alone(house):
+    process = running(house)
+    code, _, err = end_of(house.start("--cap-gb", "1", "--max-workers", "3", "--check"))
+    assert code == 2 and "another supervisor runs" in err and process.poll() is None
+    assert house.ledger(Lake.cap_bytes) == house.cap_bytes
+
+
+def test_fsck_names_what_is_wrong_and_says_so_with_its_exit_code(house):
+    lake = make_lake(house.lake, shard_clips=10)
+    add_shard(lake, 3)
+    lake.close()
+    assert house.status("fsck").returncode == 0
+    (shard,) = (house.lake / "shards").iterdir()
+    shard.unlink()
+    fsck = house.status("fsck")
+    assert fsck.returncode == 1 and shard.name in fsck.stdout
+
+
+# ---- decisions ----
+
+
+@pytest.fixture(scope="session")
+def stage():
+    return load_stage(SUPERVISOR)
+
+
+@pytest.fixture
+def supervisor(stage, tmp_path, monkeypatch):
+    """A supervisor of four streamers that starts nothing: `started` lists what it would have started."""
+    lake = make_lake(tmp_path / "lake", {f"{i}.tar": 100 for i in range(9)}, shard_clips=10, val_clips=0)
+    config = stage.Config(lake=tmp_path / "lake", out=tmp_path / "run", max_workers=4, disk_floor_gb=1.0)
+    supervisor = stage.Supervisor(config, lake, pipe=-1)
+    supervisor.started = []
+
+    def start(_, script: Path, name: str) -> object:
+        supervisor.started.append(name)
+        return child(name)
+
+    def child(name: str) -> object:
+        process = SimpleNamespace(poll=lambda: None, pid=0)
+        return stage.Child(name, [], tmp_path / f"{name}.log", process, tmp_path / "none.json")
+
+    supervisor.child = child
+    monkeypatch.setattr(stage, "start", start)
+    yield supervisor
+    lake.close()
+
+
+def test_all_streamers_are_started_on_a_lake_with_room_and_tars(stage, supervisor):
+    assert stage.control(supervisor)
+    assert supervisor.started == ["train", "stream-0", "stream-1", "stream-2", "stream-3"]
+
+
+@pytest.mark.parametrize("num_running", [0, 1, 2, 3, 4])
+def test_below_the_disk_floor_no_streamer_is_started(stage, supervisor, monkeypatch, num_running):
+    supervisor.workers = [supervisor.child(f"stream-{i}") for i in range(num_running)]
+    monkeypatch.setattr(stage.shutil, "disk_usage", lambda _: SimpleNamespace(free=GIB - 1))
+    assert stage.control(supervisor)
+    assert supervisor.started == ["train"]
+
+
+def test_no_streamer_is_started_where_there_is_no_room_for_a_shard(stage, supervisor):
+    set_cap(supervisor.lake, 1000)
+    supervisor.workers = [supervisor.child("stream-2")]
+    assert stage.control(supervisor)
+    assert supervisor.started == ["train"]
+
+
+def full_lake_with_room_again(stage, supervisor) -> None:
+    """Ten unread clips in a lake that was full of them, and then got room for another shard."""
+    add_shard(supervisor.lake, 10)
+    cap_bytes = supervisor.lake.cap_bytes()
+    set_cap(supervisor.lake, supervisor.lake.used_bytes())
+    assert stage.control(supervisor)
+    set_cap(supervisor.lake, cap_bytes)
+    assert stage.control(supervisor)
+    assert supervisor.started == ["train"] and not supervisor.is_filling
+
+
+def test_a_lake_that_was_full_is_filled_again_when_half_of_it_is_read_and_no_earlier(stage, supervisor):
+    full_lake_with_room_again(stage, supervisor)
+    for unread, num_started in ((6, 1), (5, 5)):
+        supervisor.lake.db.execute("UPDATE shards SET num_read = ?", (10 - unread,))
+        assert stage.control(supervisor)
+        assert len(supervisor.started) == num_started
+
+
+def test_a_lake_that_was_full_is_filled_again_when_the_trainer_waits_for_more_than_is_unread(stage, supervisor):
+    """Less than a batch is left: it would never be half read, and both would wait for ever."""
+    full_lake_with_room_again(stage, supervisor)
+    Heartbeat(supervisor.config.out / "progress.json", "train").beat(5, is_waiting=True)
+    assert stage.control(supervisor)
+    assert len(supervisor.started) == 5
+
+
+def set_cap(lake: Lake, num_bytes: int) -> None:
+    """Change the cap of a lake."""
+    lake.db.execute("UPDATE settings SET value = ? WHERE name = 'cap_bytes'", (str(num_bytes),))
+
+
+def test_the_status_line_shows_a_loss_that_was_not_finite(stage):
+    trainer = {"step": 7, "steps": 9, "loss": None}
+    status = {"used_bytes": 1, "cap_bytes": 2, "unread_clips": 3, "is_filling": True, "workers": 1}
+    status["has_disk"] = True
+    assert "step 7 of 9" in stage.line_of({**status, "clips_per_s": {}, "trainer": trainer})
+
+
+@pytest.mark.parametrize("word", ["paper", "demo"])
+def test_more_arguments_for_the_trainer_leave_the_preset_that_the_word_named(stage, word):
+    _, config = stage.cli.parse(stage.main, stage.PRESETS, [word, "--train-args=--seed 5"], "", {})
+    assert stage.command_of(stage.TRAINER, config)[2] == word
