@@ -2,7 +2,7 @@
 
 in:   tars of a source (--source, a folder of WebDataset tars)
 out:  <lake>/shards/*.tar, <lake>/val/*.tar, and the ledger that knows them; any number of these run side by side
-cost: one core and about 200 MiB each; clips/s: benchmarks/stream.py is not written yet, so not measured
+cost: one core each; memory and clips per second not measured yet
 
     python stream_laion_audio_clips.py --source DIR --lake lake     # until the source ends or the lake is full
     python stream_laion_audio_clips.py demo                          # synthetic recordings into demo/lake
@@ -59,6 +59,8 @@ class Config:
             raise ValueError("--shard-clips and --open-tars must be at least 1, --val-clips at least 0")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"--val-fraction must be in [0, 1), got {self.val_fraction}")
+        if self.val_fraction and not self.val_clips:
+            raise ValueError(f"--val-fraction {self.val_fraction} needs --val-clips above 0")
 
 
 PRESETS = {
@@ -190,6 +192,7 @@ class Worker:
         self.config, self.source, self.lake, self.owner, self.stop = config, source, lake, owner, stop
         self.readers: list[Reader] = []
         self.counts: Counter[str] = Counter()
+        self.num_waits = 0
         self.heartbeat = Heartbeat(lake.root / "heartbeats" / f"stream-{os.getpid()}.json", "stream")
         self.progress = tqdm(unit="clip", desc=owner.id, disable=None)  # None: only on a terminal
 
@@ -275,6 +278,8 @@ class Worker:
         shard_id = self.lake.begin_shard(self.owner.id, reservation_bytes(num_clips), split)
         if shard_id is None:  # another worker cuts the anchor; until it is known, any clip might belong to it
             self.stop.wait(ANCHOR_WAIT_S)
+            self.num_waits += 1
+            self.heartbeat.beat(self.num_waits)
             self.lake.sweep()
             return not self.stop
         try:

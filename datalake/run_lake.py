@@ -2,7 +2,7 @@
 
 in:   a source of tars, a disk budget
 out:  <lake>/status.json (replaced every two seconds), <lake>/logs/, and what the children write
-cost: this process only looks: well under 1 % of a core
+cost: one connection to the ledger and two looks a second; not measured
 
     python datalake/run_lake.py --source DIR --lake lake    # Ctrl-C ends it in good order; run it again to go on
     python datalake/run_lake.py demo                        # two cores, minutes, no network

@@ -46,7 +46,8 @@ def run(
             action = check if check and action is main else lambda _: None
         sys.exit(action(config))
     except UserError as e:
-        print("error: " + " ".join(str(e).split()), file=sys.stderr)
+        lines = (" ".join(line.split()) for line in str(e).splitlines())
+        print("error: " + "; ".join(filter(None, lines)), file=sys.stderr)
         sys.exit(2)
 
 

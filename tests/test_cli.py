@@ -212,7 +212,7 @@ def test_a_user_error_of_the_stage_is_one_line_however_it_was_written(toy):
     def fail(config: Toy) -> None:
         raise UserError("no lake here\n  to fill it:   this way\n\n  or:   that way\n")
 
-    assert toy(main=fail) == (2, "", "error: no lake here to fill it: this way or: that way\n")
+    assert toy(main=fail) == (2, "", "error: no lake here; to fill it: this way; or: that way\n")
 
 
 def test_a_bug_keeps_its_traceback_and_exit_code_1(tmp_path):

@@ -4,6 +4,7 @@ The lake is made by the real streamer, the student and the teacher are small, ev
 """
 
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -26,6 +27,7 @@ from hear_distill import checkpoint
 from hear_distill.files import GIB
 from hear_distill.lake import Lake
 from hear_distill.runlog import git_revision
+from hear_distill.student import Student, StudentConfig
 from hear_distill.teacher import save_stand_in
 
 RECORD_BYTES, END_BYTES = 66_560, 1_024  # of a shard, from datalake/README.md
@@ -144,9 +146,14 @@ def test_config_says_which_code_and_which_teacher(unbroken):
     assert (config["batch_size"], config["model"]["width"], config["lake"]) == (4, 24, str(whole.lake))
 
 
+def board_of(training: Training) -> EventAccumulator:
+    """What TensorBoard would show."""
+    return EventAccumulator(str(training.out / "tensorboard")).Reload()
+
+
 def test_tensorboard_shows_what_metrics_say(unbroken):
     whole, _ = unbroken
-    board = EventAccumulator(str(whole.out / "tensorboard")).Reload()
+    board = board_of(whole)
     story = story_of(whole.out)
     for name in ("loss", "mse", "grad_norm", "anchor_mse", "recent_cosine"):
         points = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in board.Scalars(name)]
@@ -281,6 +288,28 @@ def test_a_damaged_shard_is_left_out_and_counted(training, full_lake):
     assert trained.total() == (sounds_in(full_lake).total() - num_lost) // 4 * 4
     assert_in_order(broken.lake, trained.total())
     assert [p.name.split("-")[0] for p in (broken.lake / "quarantine").iterdir()] == [path.stem]
+
+
+def flushing_at_once(stage) -> None:
+    """Let TensorBoard's file keep up with the run, as it does in runs of more than two minutes."""
+    stage.SummaryWriter = functools.partial(stage.SummaryWriter, flush_secs=0)
+
+
+def test_tensorboard_forgets_the_steps_that_a_killed_run_lost(training):
+    broken = training(steps=6)
+    broken.run(crash_at="checkpoint-written", edit=flushing_at_once)
+    assert [event.step for event in board_of(broken).Scalars("loss")] == [2, 4, 6]
+    assert broken.run().code == 0
+    assert [event.step for event in board_of(broken).Scalars("loss")] == [2, 4, 6]
+
+
+def test_the_student_begins_with_the_weights_of_its_seed(training):
+    beginner = training(steps=1, warmup_steps=0, lr=0.0, seed=5)
+    assert beginner.run().code == 0
+    torch.manual_seed(5)
+    expected = Student(StudentConfig(width=24, heads=2, blocks=1, mlp_width=24)).state_dict()
+    found = checkpoint.load(beginner.out / "latest.pt")["student"]
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 # ---- a lake that is filled while it is read ----
