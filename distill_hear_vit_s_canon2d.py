@@ -26,9 +26,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from hear_distill import checkpoint, cli, demo
 from hear_distill.data import LakeReader, read_validation
-from hear_distill.files import UserError, alone, atomic_write, gib
+from hear_distill.files import UserError, atomic_write, gib
 from hear_distill.frontend import MelPcen
-from hear_distill.lake import Lake, Owner
+from hear_distill.lake import Lake
+from hear_distill.locks import Owner, alone
 from hear_distill.losses import LossWeights, distill_loss
 from hear_distill.runlog import Heartbeat, Metrics, StopRequest, read_metrics, write_config
 from hear_distill.schema import ANCHOR, RECENT

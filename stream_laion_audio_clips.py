@@ -24,7 +24,8 @@ from tqdm import tqdm
 from hear_distill import cli, demo
 from hear_distill.audio import CLIP_SAMPLES, SAMPLE_RATE, DecodeError, clip_starts, decode
 from hear_distill.files import GIB, UserError, gib
-from hear_distill.lake import Lake, LakeFull, Owner
+from hear_distill.lake import Lake, LakeFull
+from hear_distill.locks import Owner
 from hear_distill.runlog import Heartbeat, StopRequest
 from hear_distill.schema import ANCHOR, RECENT, TRAIN, Cursor, Identity, Part
 from hear_distill.shards import Clip, shard_bytes, write_shard

@@ -30,8 +30,9 @@ from typing import Any, Literal
 import psutil
 
 from hear_distill import cli, demo
-from hear_distill.files import GIB, UserError, alone, gib, is_locked, write_json
+from hear_distill.files import GIB, UserError, gib, write_json
 from hear_distill.lake import Lake
+from hear_distill.locks import alone, is_locked
 from hear_distill.runlog import SUPERVISOR_FD, StopRequest, read_heartbeat
 
 

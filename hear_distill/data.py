@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from hear_distill.audio import CLIP_SAMPLES
-from hear_distill.lake import Lake, Owner
+from hear_distill.lake import Lake
+from hear_distill.locks import Owner
 from hear_distill.schema import Shard
 from hear_distill.shards import ShardBroken, read_clips, verify_shard
 

@@ -4,7 +4,6 @@ in:   a path and a body that writes to it
 out:  the old file or the whole new one, never a part; durable once the call returned
 """
 
-import fcntl
 import json
 import os
 import signal
@@ -78,30 +77,6 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         fsync_folder(path.parent)
     finally:
         tmp.unlink(missing_ok=True)
-
-
-@contextmanager
-def alone(lock: Path, refusal: str) -> Iterator[None]:
-    """Hold `lock` while the body runs; the kernel drops it if the process dies. Raises UserError(refusal) if held."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(refusal) from None
-        yield
-
-
-def is_locked(lock: Path) -> bool:
-    """Whether a living process holds `lock`. Looking never keeps anybody from taking it for longer than the look."""
-    try:
-        with lock.open() as f:
-            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -16,14 +16,14 @@ import fcntl
 import hashlib
 import os
 import sqlite3
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from hear_distill.files import UserError, crash_point, fsync_folder, is_locked
+from hear_distill.files import UserError, crash_point, fsync_folder
+from hear_distill.locks import is_locked
 from hear_distill.schema import ANCHOR, RECENT, SCHEMA, TRAIN, Books, Cursor, Identity, Part, Shard
 
 LOCK_WAIT_S = 60.0
@@ -36,26 +36,6 @@ class LakeFull(Exception):
 def permuted(names: Sequence[str], seed: int) -> list[str]:
     """The names in an order that depends on the seed alone: neighbours in the source do not stay neighbours."""
     return sorted(names, key=lambda name: hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=16).digest())
-
-
-class Owner:
-    """This process, as the ledger knows it: alive exactly as long as it holds the lock on <lake>/owners/<id>.lock."""
-
-    def __init__(self, root: Path, role: str) -> None:
-        self.id = f"{role}-{uuid.uuid4().hex[:8]}"
-        self.path = root / "owners" / f"{self.id}.lock"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        while True:  # until the lock is on it, `sweep` may take the new file for a dead owner's and delete it
-            self.file = self.path.open("w")
-            fcntl.flock(self.file, fcntl.LOCK_EX)
-            if self.path.exists():
-                return
-            self.file.close()
-
-    def release(self) -> None:
-        """Leave in good order. Death has the same effect, later: the kernel drops the lock."""
-        self.path.unlink(missing_ok=True)
-        self.file.close()
 
 
 class Lake:

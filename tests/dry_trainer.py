@@ -11,8 +11,9 @@ from pathlib import Path
 
 from hear_distill import cli
 from hear_distill.data import LakeReader
-from hear_distill.files import alone, write_json
-from hear_distill.lake import Lake, Owner
+from hear_distill.files import write_json
+from hear_distill.lake import Lake
+from hear_distill.locks import Owner, alone
 from hear_distill.runlog import Heartbeat, StopRequest
 
 

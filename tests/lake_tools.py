@@ -28,7 +28,8 @@ from reference.chunker import Clips
 
 from hear_distill.data import LakeReader
 from hear_distill.files import write_json
-from hear_distill.lake import Lake, Owner
+from hear_distill.lake import Lake
+from hear_distill.locks import Owner
 from hear_distill.schema import Identity, Part
 from hear_distill.shards import Clip, shard_bytes, write_shard
 

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 import pytest
 from lake_tools import add_shard, make_lake
 
-from hear_distill.lake import Lake, LakeFull, Owner
+from hear_distill.lake import Lake, LakeFull
+from hear_distill.locks import Owner
 from hear_distill.schema import Part
 from hear_distill.shards import shard_bytes
 

@@ -13,7 +13,8 @@ import pytest
 from lake_tools import add_shard, make_clips, make_lake
 
 from hear_distill.data import Batch, LakeReader, read_validation
-from hear_distill.lake import Lake, Owner
+from hear_distill.lake import Lake
+from hear_distill.locks import Owner
 
 
 @pytest.fixture

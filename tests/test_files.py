@@ -1,14 +1,13 @@
-"""Files are whole or absent, locks end with their process, crash points kill where they are asked to."""
+"""Files are whole or absent, and crash points kill where they are asked to."""
 
-import fcntl
 import json
 import signal
 
 import numpy as np
 import pytest
-from lake_tools import run_python, start_python
+from lake_tools import run_python
 
-from hear_distill.files import CRASH_POINTS, UserError, alone, atomic_write, gib, is_locked, write_json
+from hear_distill.files import CRASH_POINTS, atomic_write, gib, write_json
 
 WRITE_AND_DIE = """
 import os, signal, sys
@@ -18,14 +17,6 @@ with atomic_write(Path(sys.argv[1])) as f:
     f.write(b"half of the new")
     f.flush()
     os.kill(os.getpid(), signal.SIGKILL)
-"""
-HOLD = """
-import sys
-from pathlib import Path
-from hear_distill.files import alone
-with alone(Path(sys.argv[1]), "held"):
-    print("holding", flush=True)
-    sys.stdin.read()
 """
 PASS_POINTS = """
 from hear_distill.files import CRASH_POINTS, crash_point
@@ -75,31 +66,6 @@ def test_json_that_other_readers_refuse_is_not_written(tmp_path, bad):
     with pytest.raises((ValueError, TypeError)):
         write_json(path, {"loss": bad})
     assert json.loads(path.read_text()) == {"loss": 0.5, "path": str(tmp_path)}
-
-
-def test_a_lock_is_held_across_processes_until_its_holder_is_killed(tmp_path):
-    lock = tmp_path / "new" / "lock"
-    assert not is_locked(lock)
-    holder = start_python(HOLD, lock)
-    assert is_locked(lock)
-    with pytest.raises(UserError, match="wait for it"), alone(lock, "wait for it"):
-        pytest.fail("two processes hold one lock")
-    holder.kill()
-    holder.communicate()
-    assert not is_locked(lock)
-    with alone(lock, "held"):
-        assert is_locked(lock)
-    assert not is_locked(lock)
-
-
-def test_lookers_do_not_take_each_other_for_the_holder(tmp_path):
-    lock = tmp_path / "lock"
-    lock.touch()
-    with lock.open() as other_looker:
-        fcntl.flock(other_looker, fcntl.LOCK_SH)
-        assert not is_locked(lock)
-    with alone(lock, "taken by a look"):
-        pass
 
 
 @pytest.mark.parametrize("name", ["shard-reserved", "shard-renamed", "shard-retired"])

@@ -15,11 +15,12 @@ ALLOWED = {
     "audio": set(),
     "checkpoint": {"files"},
     "cli": {"files"},
-    "data": {"audio", "lake", "schema", "shards"},
+    "data": {"audio", "lake", "locks", "schema", "shards"},
     "demo": {"synthetic", "teacher"},
     "files": set(),
     "frontend": set(),
-    "lake": {"files", "schema"},
+    "lake": {"files", "locks", "schema"},
+    "locks": {"files"},
     "losses": set(),
     "probes": set(),
     "runlog": {"files"},
@@ -39,7 +40,20 @@ LATE = {
 }
 STAGES = ["stream_laion_audio_clips", "distill_hear_vit_s_canon2d", "run_lake"]
 STAGES += ["evaluate_distilled_hear", "benchmark_student_vs_hear"]
-WITHOUT_TORCH = ("files", "audio", "sources", "shards", "schema", "lake", "data", "runlog", "cli", "demo", "synthetic")
+WITHOUT_TORCH = (
+    "files",
+    "locks",
+    "audio",
+    "sources",
+    "shards",
+    "schema",
+    "lake",
+    "data",
+    "runlog",
+    "cli",
+    "demo",
+    "synthetic",
+)
 HEAVY = ("torch", "torchaudio", "transformers", "huggingface_hub", "datasets", "matplotlib")
 
 

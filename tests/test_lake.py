@@ -13,7 +13,8 @@ import pytest
 from lake_tools import add_shard, make_lake, start_python
 
 from hear_distill.files import UserError
-from hear_distill.lake import Lake, LakeFull, Owner, permuted
+from hear_distill.lake import Lake, LakeFull, permuted
+from hear_distill.locks import Owner
 from hear_distill.schema import Part
 from hear_distill.shards import shard_bytes
 
@@ -23,7 +24,8 @@ TARS = {f"{name}.tar": 100 for name in "abcdefgh"}
 WORKER = """
 import sys
 from pathlib import Path
-from hear_distill.lake import Lake, Owner
+from hear_distill.lake import Lake
+from hear_distill.locks import Owner
 lake = Lake.open(Path(sys.argv[1]))
 owner = Owner(lake.root, "stream")
 shard_id = lake.begin_shard(owner.id, 1_000)
@@ -36,6 +38,7 @@ TAKER = """
 import sys
 from pathlib import Path
 from hear_distill.lake import Lake
+from hear_distill.locks import Owner
 lake = Lake.open(Path(sys.argv[1]))
 print("ready", flush=True)
 sys.stdin.readline()

@@ -38,7 +38,8 @@ FLAGS = ("--shard-clips", 8, *MIXED)
 CUT_THE_ANCHOR = """
 import sys
 from pathlib import Path
-from hear_distill.lake import Lake, Owner
+from hear_distill.lake import Lake
+from hear_distill.locks import Owner
 lake = Lake.open(Path(sys.argv[1]))
 owner = Owner(lake.root, "stream")
 lake.begin_shard(owner.id, 1_000, "anchor")

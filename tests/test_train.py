@@ -140,9 +140,8 @@ def test_the_loss_falls_and_so_does_the_error_on_held_out_clips(unbroken):
 def test_config_says_which_code_and_which_teacher(unbroken):
     whole, _ = unbroken
     config = json.loads((whole.out / "config.json").read_text())
-    weights = (whole.teacher / "model.safetensors").read_bytes()
     assert config["code"] == git_revision()
-    assert config["teacher_revision"] == f"sha256:{hashlib.sha256(weights).hexdigest()}"
+    assert config["teacher_revision"] == revision_of(whole.teacher)
     assert (config["batch_size"], config["model"]["width"], config["lake"]) == (4, 24, str(whole.lake))
 
 
@@ -255,6 +254,16 @@ def test_the_best_checkpoint_is_not_lost_when_the_run_is_killed_as_it_is_made(tr
     broken.run(crash_at=point)
     assert broken.run().code == 0
     assert checkpoint.load(broken.out / "best.pt")["step"] == 6
+
+
+def test_each_step_is_taken_at_the_rate_of_the_schedule(training):
+    """The last of four steps of decay, from the optimiser's own state."""
+    ended = training(steps=6, warmup_steps=2, decay_steps=4, lr=4e-3)
+    assert ended.run().code == 0
+    groups = checkpoint.load(ended.out / "latest.pt")["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == [1e-3, 1e-3]
+    logged = {line["step"]: line["lr"] for line in story_of(ended.out) if "lr" in line}
+    assert logged == {2: 4e-3, 4: 3e-3, 6: 1e-3}
 
 
 def test_a_finished_run_stays_as_it_is_when_it_is_run_again(training):
@@ -391,11 +400,18 @@ def test_another_model_in_the_same_folder_is_refused(training):
     assert (first.out / "latest.pt").read_bytes() == before
 
 
-def test_another_teacher_in_the_same_folder_is_refused(training, tmp_path):
+@pytest.mark.parametrize("is_revision_given", [False, True])
+def test_another_teacher_in_the_same_folder_is_refused(training, tmp_path, is_revision_given):
     first = training(steps=6)
     first.run()
-    other = save_stand_in(tmp_path / "other", seed=1)
-    assert "teacher" in refusal_of(replace(first, teacher=other).but(steps=12))
+    other = save_stand_in(tmp_path / "other teacher", seed=1)
+    second = replace(first, teacher=other).but(steps=12)
+    assert "teacher" in refusal_of(second.but(teacher_revision=revision_of(other)) if is_revision_given else second)
+
+
+def revision_of(teacher: Path) -> str:
+    """What stands for a commit where the teacher is a folder."""
+    return f"sha256:{hashlib.sha256((teacher / 'model.safetensors').read_bytes()).hexdigest()}"
 
 
 def test_a_run_is_not_taken_up_where_that_is_forbidden(training):
