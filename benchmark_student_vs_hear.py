@@ -2,7 +2,7 @@
 
 in:   nothing, as random weights take as long as trained ones; or a checkpoint, and HeAR or a folder like it
 out:  a table, and its JSON as the last line of stdout; with --out also <out>/speed.json (every round) and speed.png
-cost: COST
+cost: about 5 minutes on two busy cores, most of it HeAR at batch 16; the demo 1 minute; 2.4 GiB of memory
 
     python benchmark_student_vs_hear.py                             # the published sizes, on this CPU
     python benchmark_student_vs_hear.py demo                        # the same, one clip at a time and a few rounds
