@@ -241,7 +241,7 @@ def describe_machine(config: Config) -> dict[str, Any]:
     flags = cpu.get("flags", "").split()
     return {
         "cpu": cpu.get("model name", platform.machine()),
-        "instruction_sets": {name: name in flags for name in INSTRUCTION_SETS} if flags else "not known",
+        "instruction_sets": {name: name in flags for name in INSTRUCTION_SETS} if flags else None,
         "gpu": torch.cuda.get_device_name() if config.device == "cuda" else None,
         "torch": torch.__version__,
         "precision": "float32, eager",

@@ -1,18 +1,17 @@
 """Distil HeAR into a ViT-S with Canon2D layers.
 
 in:   the shards of a lake (from stream_laion_audio_clips.py, kept coming by datalake/run_lake.py); HeAR, frozen
-out:  <out>/{config.json, latest.pt, previous.pt, best.pt, metrics.jsonl, tensorboard/, progress.json, loss.png}
+out:  <out>/{config.json, latest.pt, previous.pt, best.pt, metrics.jsonl, tensorboard/, progress.json, loss.png, lock}
 cost: on a GPU not measured; the demo 82 s on two cores, streamers included
 
     python distill_hear_vit_s_canon2d.py --lake lake        # the recommended run, on a GPU
     python distill_hear_vit_s_canon2d.py paper              # the published losses, weights and batch
     python distill_hear_vit_s_canon2d.py demo               # CPU, minutes, no network
 
-B clips   P = 192 x 128 spectrogram   D width of the trunk   E = 512 HeAR embedding
+B clips in a batch   n clips of a validation set   E = 512 HeAR embedding
 """
 
 import dataclasses
-import json
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -26,12 +25,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 from hear_distill import checkpoint, cli, demo
 from hear_distill.data import LakeReader, read_validation
-from hear_distill.files import UserError, atomic_write, gib
+from hear_distill.files import UserError, gib
 from hear_distill.frontend import MelPcen
 from hear_distill.lake import Lake
 from hear_distill.locks import Owner, alone
 from hear_distill.losses import LossWeights, distill_loss
-from hear_distill.runlog import Heartbeat, Metrics, StopRequest, read_metrics, write_config
+from hear_distill.plots import draw_losses
+from hear_distill.runlog import Heartbeat, Metrics, StopRequest, write_config
 from hear_distill.schema import ANCHOR, RECENT
 from hear_distill.shards import shard_bytes
 from hear_distill.student import SIZES, Student, StudentConfig
@@ -190,6 +190,11 @@ def open_run(config: Config) -> Run:
         differing = [name for name in model if state["student_config"].get(name) != model[name]]
         raise UserError(f"{config.out} holds a student with another {', '.join(differing)}; choose another --out")
 
+    if found and state["lake"] != lake.setting("id"):
+        raise UserError(
+            f"{config.out} learned from another lake than {config.lake}, whose shard numbers mean other clips; "
+            f"name that lake with --lake, or choose another --out"
+        )
     teacher = load_teacher(
         config.teacher, revision=config.teacher_revision or state.get("teacher_revision"), device=device
     )
@@ -235,7 +240,7 @@ def open_run(config: Config) -> Run:
 
 def spectrogram_of(run: Run, samples: np.ndarray) -> Tensor:
     """[B, 32000] int16 -> [B, 1, 192, 128]; int16 crosses the bus, the front end runs on the device."""
-    audio = torch.from_numpy(samples).to(run.config.device, non_blocking=True)  # [B, 32000] int16
+    audio = torch.from_numpy(samples).to(run.config.device)  # [B, 32000] int16
     return run.frontend(audio.float() / 32768)
 
 
@@ -260,13 +265,13 @@ def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> Tenso
 
 def train(run: Run, stop: StopRequest) -> str:
     """The loop. Returns why it ended, for people."""
-    config, skipped_in_a_row = run.config, torch.zeros((), device=run.config.device)
+    config = run.config
+    skipped_in_a_row, longest = torch.zeros(2, device=config.device)
     run.timed_from = (run.step, time.monotonic())
     while run.step < config.steps:
         batch = next_batch(run, stop)
         if batch is None:
-            save(run)
-            return "asked to stop" if stop else f"the lake is drained, {run.reader.num_unread()} clips are left over"
+            return leave(run, stop)
         for group in run.optimizer.param_groups:
             group["lr"] = config.lr_at(run.step)
 
@@ -276,17 +281,34 @@ def train(run: Run, stop: StopRequest) -> str:
         terms["grad_norm"] = nn.utils.clip_grad_norm_(run.student.parameters(), MAX_GRAD_NORM)
         is_bad = step_if_finite(run.optimizer, terms["grad_norm"])
         run.skipped, skipped_in_a_row = run.skipped + is_bad, (skipped_in_a_row + 1) * is_bad
+        longest = torch.maximum(longest, skipped_in_a_row)
         run.optimizer.zero_grad(set_to_none=True)
         run.reader.mark_trained(batch.ids)
         run.step, run.saves_here = run.step + 1, 0
 
         if run.step % config.log_every == 0 or run.step == config.steps:
-            stop_if_diverged(run, int(skipped_in_a_row))  # the loop's only wait for the device
+            stop_if_diverged(run, int(longest))  # the loop's only wait for the device
+            longest = torch.zeros_like(longest)
             log_step(run, terms)
         if run.step % config.save_every == 0 or run.step == config.steps:
             validate_and_save(run)
             run.timed_from = (run.step, time.monotonic())
     return "all steps are done"
+
+
+def leave(run: Run, stop: StopRequest) -> str:
+    """Save before the last step. Returns why, for people; raises UserError if there was nothing to learn from."""
+    num_unread = run.reader.num_unread()
+    if stop:
+        save(run)
+        return "asked to stop"
+    if run.step == 0:
+        raise UserError(
+            f"the source has ended with {num_unread} clips to train on, less than a batch of {run.config.batch_size}; "
+            f"lower --batch-size, or make another lake with more sound, or with smaller validation sets (--val-clips)"
+        )
+    validate_and_save(run)
+    return f"the lake is drained, {num_unread} clips are left over"
 
 
 def next_batch(run: Run, stop: StopRequest) -> Any:
@@ -325,12 +347,14 @@ def floats(terms: dict[str, Tensor]) -> dict[str, float]:
     return {name: float(term) for name, term in terms.items()}
 
 
-def stop_if_diverged(run: Run, skipped_in_a_row: int) -> None:
-    """Raise UserError, naming the last good checkpoint, if the last steps all had a gradient that was not finite."""
-    if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+def stop_if_diverged(run: Run, num_bad: int) -> None:
+    """Raise UserError, naming the last good checkpoint, if too many gradients in a row were not finite."""
+    if num_bad >= MAX_SKIPPED_IN_A_ROW:
+        latest = run.config.out / checkpoint.LATEST
+        resume = f"the last good checkpoint is {latest}: " if latest.exists() else ""
         raise UserError(
-            f"the last {skipped_in_a_row} gradients before step {run.step} were not finite; expected finite ones. "
-            f"The last good checkpoint is {run.config.out / checkpoint.LATEST}: resume it with a lower --lr"
+            f"{num_bad} gradients in a row before step {run.step} were not finite, expected finite ones; "
+            f"{resume}run again with a lower --lr"
         )
 
 
@@ -396,7 +420,7 @@ def agreement(run: Run, samples: np.ndarray) -> dict[str, float]:
         {
             "mse": mse,
             "explained_variance": 1 - mse / centred.square().mean(),
-            "cosine": nn.functional.cosine_similarity(student - teacher.mean(dim=0), centred).mean(),
+            "centred_cosine": nn.functional.cosine_similarity(student - teacher.mean(dim=0), centred).mean(),
         }
     )
 
@@ -414,40 +438,13 @@ def save(run: Run, is_best: bool = False) -> None:
         "optimizer": run.optimizer.state_dict(),
         "reader": run.reader.state(),
         "teacher_revision": run.teacher.revision,
+        "lake": run.lake.setting("id"),
     }
     checkpoint.save(run.config.out, state)
     if is_best:
         checkpoint.keep_as_best(run.config.out)
     run.reader.record_checkpoint()
     run.saves_here += 1
-
-
-def draw_losses(out: Path) -> None:
-    """metrics.jsonl -> loss.png: the three terms and the validation MSE over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    lines, config = read_metrics(out), json.loads((out / "config.json").read_text())
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for axes, names in (
-        (left, ("loss", "mse", "relational", "contrastive")),
-        (right, ("anchor_explained_variance", "recent_explained_variance")),
-    ):
-        for name in names:
-            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=name.replace("_", " "))
-                axes.legend()
-        axes.set_xlabel("optimiser step")
-        axes.grid(alpha=0.3)
-    left.set(title="training loss and its terms (unweighted)", yscale="log")
-    right.set(title="explained variance of the teacher's embedding, held out")
-    figure.suptitle(f"{out}, {'stand-in teacher' if config['is_stand_in'] else config['teacher']}")
-    with atomic_write(out / "loss.png") as f:
-        figure.savefig(f, format="png", dpi=120)
-    plt.close(figure)
 
 
 def check(config: Config) -> None:

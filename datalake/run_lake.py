@@ -282,10 +282,14 @@ def control(supervisor: Supervisor) -> bool:
     supervisor.workers = [child for child in supervisor.workers if reap(supervisor, child) is None]
     code = reap(supervisor, supervisor.trainer) if supervisor.trainer else None
     if code is not None:
-        supervisor.trainer = None
+        words, supervisor.trainer = supervisor.trainer.last_words(), None
         if code == 0:
+            say(f"train: {words}")
             return False
     update_filling(supervisor)
+    if not has_disk(supervisor.config):
+        for child in supervisor.workers:
+            child.process.send_signal(signal.SIGTERM)  # it publishes what it has cut, and leaves
     if time.monotonic() >= supervisor.start_after:
         if supervisor.trainer is None:
             supervisor.trainer = start(supervisor, TRAINER, "train")
@@ -393,9 +397,7 @@ def show_status(config: Config) -> int:
     print(f"lake        {config.lake}: {'running' if is_running else 'not running'}")
     print(f"reservoir   {lake.unread_clips()} unread clips, {gib(lake.used_bytes())} of {gib(lake.cap_bytes())}")
     print("tars        " + ", ".join(f"{count} {state}" for state, count in lake.tar_states().items()))
-    print(
-        "books       " + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in asdict(lake.books()).items())
-    )
+    print(f"books       {lake.books()}")
     totals = lake.totals()
     skips = [f"{n} {k.removeprefix('skipped: ')}" for k, n in totals.items() if k.startswith("skipped: ")]
     print(f"recordings  {totals['recordings']} read; skipped: {', '.join(skips) or 'none'}")
@@ -443,7 +445,7 @@ def main(config: Config) -> None:
             end(supervisor)
             os.close(writer)
     books = supervisor.lake.books()
-    say(f"{'stopped' if stop else 'finished'}: full {supervisor.times_full} times, {books}")
+    say(f"{'stopped' if stop else 'finished'}: the lake was full {supervisor.times_full} times; {books}")
 
 
 if __name__ == "__main__":

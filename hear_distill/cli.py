@@ -3,7 +3,7 @@
 python STAGE.py                      the real thing: the first preset
 python STAGE.py demo --steps 50      another preset, single fields overridden
 python STAGE.py status --lake DIR    another action on the same fields
-python STAGE.py ... --check          parse and check everything, then exit without doing anything
+python STAGE.py ... --check          check everything, then exit; the streamer makes or joins the lake for that
 """
 
 import io

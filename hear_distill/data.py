@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from hear_distill.audio import CLIP_SAMPLES
+from hear_distill.files import UserError
 from hear_distill.lake import Lake
 from hear_distill.locks import Owner
-from hear_distill.schema import Shard
+from hear_distill.schema import RECENT, Shard
 from hear_distill.shards import ShardBroken, read_clips, verify_shard
 
 
@@ -167,9 +168,15 @@ def read_validation(lake: Lake, split: str, num_clips: int) -> np.ndarray:
             break
         samples = np.empty((missing, CLIP_SAMPLES), np.int16)  # [n, 32000]
         try:
+            verify_shard(shard.path, shard.num_clips, shard.sha256)
             fd = os.open(shard.path, os.O_RDONLY)
-        except FileNotFoundError:  # a `recent` shard that retired since the ledger was asked
-            continue
+        except (ShardBroken, FileNotFoundError) as e:
+            if split == RECENT and not shard.path.exists():  # it retired since the ledger was asked
+                continue
+            raise UserError(
+                f"validation shard {shard.path} is not what the ledger says: {e}; "
+                f"to see all such: python datalake/run_lake.py fsck --lake {lake.root}"
+            ) from e
         try:
             read_clips(fd, range(missing), samples)
         finally:

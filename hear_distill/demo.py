@@ -15,7 +15,7 @@ TEACHER = DEMO / "teacher"
 TABLE = DEMO / "events.parquet"
 SEED = 0
 NUM_TARS = 12
-RECORDINGS_PER_TAR = 120  # about 3,900 clips in all: five times what the demo's lake holds
+RECORDINGS_PER_TAR = 120  # about 3,900 clips in all: more than twice what the demo's lake can hold
 ROWS_PER_LABEL = 60
 
 

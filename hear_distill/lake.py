@@ -4,7 +4,7 @@ in:   what workers cut and what trainers cover
 out:  <lake>/ledger.sqlite, the only shared state; files move only together with it
 
     <lake>/shards/<id>.tar[.part]   train parts      <lake>/val/<id>.tar[.part]   validation parts
-    <lake>/owners/<id>.lock         one per living process      <lake>/quarantine/<id>.tar   what failed its hash
+    <lake>/owners/<id>.lock         one per living process      <lake>/quarantine/<id>-<split>.tar   failed its hash
 
 A shard is `writing`, then `ready`, `leased` to a trainer, `retiring` once the second-newest durable checkpoint covers
 all its clips, and then only a number in the totals; or `quarantined`. datalake/README.md draws it. Every change of
@@ -16,6 +16,8 @@ import fcntl
 import hashlib
 import os
 import sqlite3
+import sys
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -53,7 +55,7 @@ class Lake:
         """An existing lake. Raises UserError if there is none."""
         lake = cls(root) if (root / "ledger.sqlite").exists() else None
         if lake is None or not lake.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'totals'").fetchone():
-            raise UserError(f"no lake at {root}; to make and fill one: python datalake/run_lake.py --lake {root}")
+            raise UserError(f"no lake at {root}; to make one: python datalake/run_lake.py --source DIR --lake {root}")
         return lake
 
     @classmethod
@@ -78,16 +80,19 @@ class Lake:
             found = {name: settings[name] for name in wanted if name in settings}
             if not found:
                 order = permuted(list(tars), identity.seed)[identity.node_rank :: identity.num_nodes]
-                lake.db.executemany("INSERT INTO settings VALUES (?, ?)", wanted.items())
+                lake.db.executemany("INSERT INTO settings VALUES (?, ?)", [*wanted.items(), ("id", uuid.uuid4().hex)])
                 rows = [(position, name, tars[name]) for position, name in enumerate(order)]
                 lake.db.executemany("INSERT INTO tars (position, name, num_bytes) VALUES (?, ?, ?)", rows)
             elif found != wanted:
                 differing = {k: f"{found.get(k)} (asked for: {wanted[k]})" for k in wanted if found.get(k) != wanted[k]}
                 raise UserError(
-                    f"the lake {root} is another one: {differing}; choose another --lake or the same settings"
+                    f"the lake {root} is another one: {differing}; choose another --lake or the same settings, "
+                    f"or, if nothing was trained from it yet, delete it"
                 )
-            changing = [(name, str(value)) for name, value in limits.items()]
-            lake.db.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", changing)
+            for name, value in limits.items():
+                if settings.get(name, str(value)) != str(value):
+                    print(f"WARNING: {name} of {root} changes from {settings[name]} to {value}", file=sys.stderr)
+                lake.db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (name, str(value)))
         return lake
 
     @contextmanager
@@ -301,18 +306,20 @@ class Lake:
         still accounts for every clip.
         """
         with self.transaction():
-            for row in self.db.execute(
+            rows = self.db.execute(
                 "SELECT id, num_clips, num_covered FROM shards WHERE state = 'leased' AND owner = ?", (owner,)
-            ).fetchall():
+            ).fetchall()
+            for row in rows:
                 self._set_coverage(row["id"], coverage.get(row["id"]))
-                if row["num_covered"] == row["num_clips"]:
-                    self.db.execute(
-                        "UPDATE shards SET state = 'retiring' WHERE id = ? AND split = 'train'", (row["id"],)
-                    )
+            covered_twice = [row["id"] for row in rows if row["num_covered"] == row["num_clips"]]
+            self.db.executemany(
+                "UPDATE shards SET state = 'retiring' WHERE id = ? AND split = 'train'", [(i,) for i in covered_twice]
+            )
         crash_point("checkpoint-recorded")
-        return self.finish_retiring()
+        self.finish_retiring()
+        return covered_twice
 
-    def finish_retiring(self) -> list[int]:
+    def finish_retiring(self) -> None:
         """Delete the files of retiring shards, then turn their rows into totals; also after a kill in between."""
         rows = self.db.execute("SELECT id, split, num_clips FROM shards WHERE state = 'retiring'").fetchall()
         for row in rows:
@@ -328,7 +335,6 @@ class Lake:
                 self._add("trained" if row["split"] == TRAIN else "retired validation", gone * row["num_clips"])
         if rows:
             crash_point("shard-retired")
-        return [row["id"] for row in rows if row["split"] == TRAIN]
 
     def release(self, owner: str) -> None:
         """Give the leases of a trainer that leaves in good order back, less what its newest checkpoint covers."""
@@ -349,11 +355,15 @@ class Lake:
         self._move_quarantined()
 
     def _move_quarantined(self) -> None:
+        """Put quarantined files aside. Whoever has looked at one may delete it: its room under the cap comes back."""
         for row in self.db.execute("SELECT id, split FROM shards WHERE state = 'quarantined'").fetchall():
             path = self.path(row["id"], row["split"])
+            aside = self.root / "quarantine" / f"{row['id']:08d}-{row['split']}.tar"
             if path.exists():
-                path.rename(self.root / "quarantine" / f"{row['id']:08d}-{row['split']}.tar")
+                path.rename(aside)
                 self._fsync_folders()
+            elif not aside.exists():
+                self.db.execute("UPDATE shards SET num_bytes = 0 WHERE id = ? AND split = ?", (row["id"], row["split"]))
 
     def retire_recent(self, num_clips_to_keep: int) -> None:
         """Let the oldest `recent` validation shards go while more than `num_clips_to_keep` clips would stay."""
@@ -385,7 +395,7 @@ class Lake:
         return Counter(dict(self.db.execute("SELECT name, value FROM totals").fetchall()))
 
     def setting(self, name: str) -> str:
-        """A field of the lake's identity, or one of its limits."""
+        """A field of the lake's identity, one of its limits, or `id`, which no other lake has."""
         return self.db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()["value"]
 
     def cap_bytes(self) -> int:

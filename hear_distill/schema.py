@@ -4,7 +4,7 @@ Clips are the unit of every count, bytes of every size; a shard has one id and u
 validation), each a row of its own once the shard is finished.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 SCHEMA = """
@@ -106,6 +106,10 @@ class Books:
     validation: int
     retired_validation: int
     quarantined: int
+
+    def __str__(self) -> str:
+        cut, *parts = asdict(self).items()
+        return f"{cut[1]} clips cut = " + " + ".join(f"{count} {name.replace('_', ' ')}" for name, count in parts)
 
     def balance(self) -> int:
         """Clips that are unaccounted for; 0 unless something is wrong."""

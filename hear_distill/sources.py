@@ -81,10 +81,18 @@ class FolderSource:
         self.revision = "listing:" + hashlib.sha256(listing.encode()).hexdigest()[:16]
 
     def open(self, tar: Tar, offset: int) -> BinaryIO:
-        """A stream of the tar's bytes from `offset` on, for the caller to close. Raises TarBroken if there is none."""
+        """A stream of the tar's bytes from `offset` on, for the caller to close.
+
+        Raises TarBroken if this tar has gone, UserError if all have: a source that is not there is not a broken one.
+        """
         try:
             stream = (self.folder / tar.name).open("rb")
         except (FileNotFoundError, PermissionError) as e:
+            if not any(self.folder.glob("*.tar")):
+                raise UserError(
+                    f"{self.folder} held tars and holds none now; is it still mounted? "
+                    f"Then run the same command again, which goes on where it stopped"
+                ) from e
             raise TarBroken(f"cannot be opened: {e.strerror}") from e
         stream.seek(offset)
         return stream

@@ -15,13 +15,14 @@ ALLOWED = {
     "audio": set(),
     "checkpoint": {"files"},
     "cli": {"files"},
-    "data": {"audio", "lake", "locks", "schema", "shards"},
+    "data": {"audio", "files", "lake", "locks", "schema", "shards"},
     "demo": {"synthetic", "teacher"},
     "files": set(),
     "frontend": set(),
     "lake": {"files", "locks", "schema"},
     "locks": {"files"},
     "losses": set(),
+    "plots": {"files", "runlog"},
     "probes": set(),
     "runlog": {"files"},
     "schema": set(),
@@ -36,6 +37,7 @@ ALLOWED = {
 LATE = {
     ("__init__", "importlib"),
     ("demo", "hear_distill.teacher"),
+    ("plots", "matplotlib.figure"),
     ("synthetic", "pyarrow"),
 }
 STAGES = ["stream_laion_audio_clips", "distill_hear_vit_s_canon2d", "run_lake"]

@@ -3,6 +3,7 @@
 Most tests give it a stand-in for the trainer (dry_trainer.py) that needs no torch; the first one runs the real stages.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -14,16 +15,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
 from lake_tools import ROOT, add_shard, environment, make_lake, write_source
-from train_tools import load_stage
 
 from hear_distill.files import GIB, UserError
 from hear_distill.lake import Lake
-from hear_distill.runlog import Heartbeat
 from hear_distill.teacher import save_stand_in
 
 SUPERVISOR = ROOT / "datalake" / "run_lake.py"
@@ -123,13 +121,14 @@ def house(source, tmp_path):
 
 def children_of(process: "subprocess.Popen[str]", script: str) -> list[psutil.Process]:
     """The running children of a supervisor that run this script, --check excepted."""
-    found = []
+    found, own_command = [], psutil.Process(process.pid).cmdline()  # which a child shows until it has become another
     for child in psutil.Process(process.pid).children():
         try:
             command = child.cmdline()
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
-        if any(word.endswith(script) for word in command) and "--check" not in command:
+        is_script = any(word.endswith(script) for word in command) and command != own_command
+        if is_script and "--check" not in command:
             found.append(child)
     return found
 
@@ -186,12 +185,17 @@ class DiskWatch(threading.Thread):
 # ---- the whole ----
 
 
-def test_a_lake_fills_and_drains_and_fills_again_within_its_cap_until_the_source_ends(house, tmp_path):
-    teacher = save_stand_in(tmp_path / "teacher", seed=0)
+def use_the_real_trainer(house: House) -> None:
+    """Flags for a student and a teacher that two busy cores can train."""
+    teacher = save_stand_in(house.root / "teacher", seed=0)
     house.train_args = (
         f"--device cpu --teacher {teacher} --steps 1000 --batch-size 4 --open-shards 2 --save-every 2 --log-every 1"
         " --warmup-steps 0 --decay-steps 0 --model.width 24 --model.heads 2 --model.blocks 1 --model.mlp-width 24"
     )
+
+
+def test_a_lake_fills_and_drains_and_fills_again_within_its_cap_until_the_source_ends(house):
+    use_the_real_trainer(house)
     watch = DiskWatch(house.lake)
     watch.start()
     code, out, err = end_of(house.start(dry=False), seconds=180)
@@ -208,11 +212,11 @@ def test_a_lake_fills_and_drains_and_fills_again_within_its_cap_until_the_source
 # ---- ends ----
 
 
-def running(house: House) -> "subprocess.Popen[str]":
+def running(house: House, dry: bool = True) -> "subprocess.Popen[str]":
     """A supervisor in full swing: a trainer that has trained, and at least one streamer at work."""
-    process = house.start()
+    process = house.start(dry=dry)
     wait_for(lambda: house.num_clips_trained() > 20 and children_of(process, "stream_laion_audio_clips.py"))
-    assert len(children_of(process, "dry_trainer.py")) == 1
+    assert len(children_of(process, "dry_trainer.py" if dry else "distill_hear_vit_s_canon2d.py")) == 1
     return process
 
 
@@ -241,14 +245,17 @@ def test_a_supervisor_that_is_asked_to_stop_leaves_nobody_behind_and_goes_on_whe
     assert_finished(house)
 
 
-def test_the_children_of_a_killed_supervisor_end_by_themselves_and_it_goes_on_when_run_again(house):
-    process = running(house)
+@pytest.mark.parametrize("dry", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["dry", "real trainer"])
+def test_the_children_of_a_killed_supervisor_end_by_themselves_and_it_goes_on_when_run_again(house, dry):
+    if not dry:
+        use_the_real_trainer(house)
+    process = running(house, dry)
     children = family(process)
     process.kill()
     _, alive = psutil.wait_procs(children, timeout=SECONDS_TO_LEAVE)
     assert alive == []
     assert house.status("fsck").returncode == 0
-    assert end_of(house.start())[0] == 0
+    assert end_of(house.start(dry=dry), seconds=180)[0] == 0
     assert_finished(house)
 
 
@@ -312,7 +319,16 @@ def test_ctrl_c_while_the_arguments_are_checked_is_no_error(house):
     os.killpg(process.pid, signal.SIGINT)
     code, out, err = end_of(process)
     assert code == 0 and "Traceback" not in out + err
-    assert not list(house.lake.rglob("*.tar*"))
+    assert not (house.lake / "logs").exists() and not list(house.lake.rglob("*.tar*"))
+
+
+def test_what_a_child_says_the_user_must_put_right_ends_the_supervisor_with_that_line(house):
+    (house.root / "run").mkdir()
+    with (house.root / "run" / "lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        code, _, err = end_of(house.start())
+    assert code == 2 and re.fullmatch(r"error: train: [^\n]+ is being trained by another process\n", err)
+    assert house.status("fsck").returncode == 0
 
 
 # ---- looking ----
@@ -352,98 +368,3 @@ def test_fsck_names_what_is_wrong_and_says_so_with_its_exit_code(house):
     shard.unlink()
     fsck = house.status("fsck")
     assert fsck.returncode == 1 and shard.name in fsck.stdout
-
-
-# ---- decisions ----
-
-
-@pytest.fixture(scope="session")
-def stage():
-    return load_stage(SUPERVISOR)
-
-
-@pytest.fixture
-def supervisor(stage, tmp_path, monkeypatch):
-    """A supervisor of four streamers that starts nothing: `started` lists what it would have started."""
-    lake = make_lake(tmp_path / "lake", {f"{i}.tar": 100 for i in range(9)}, shard_clips=10, val_clips=0)
-    config = stage.Config(lake=tmp_path / "lake", out=tmp_path / "run", max_workers=4, disk_floor_gb=1.0)
-    supervisor = stage.Supervisor(config, lake, pipe=-1)
-    supervisor.started = []
-
-    def start(_, script: Path, name: str) -> object:
-        supervisor.started.append(name)
-        return child(name)
-
-    def child(name: str) -> object:
-        process = SimpleNamespace(poll=lambda: None, pid=0)
-        return stage.Child(name, [], tmp_path / f"{name}.log", process, tmp_path / "none.json")
-
-    supervisor.child = child
-    monkeypatch.setattr(stage, "start", start)
-    yield supervisor
-    lake.close()
-
-
-def test_all_streamers_are_started_on_a_lake_with_room_and_tars(stage, supervisor):
-    assert stage.control(supervisor)
-    assert supervisor.started == ["train", "stream-0", "stream-1", "stream-2", "stream-3"]
-
-
-@pytest.mark.parametrize("num_running", [0, 1, 2, 3, 4])
-def test_below_the_disk_floor_no_streamer_is_started(stage, supervisor, monkeypatch, num_running):
-    supervisor.workers = [supervisor.child(f"stream-{i}") for i in range(num_running)]
-    monkeypatch.setattr(stage.shutil, "disk_usage", lambda _: SimpleNamespace(free=GIB - 1))
-    assert stage.control(supervisor)
-    assert supervisor.started == ["train"]
-
-
-def test_no_streamer_is_started_where_there_is_no_room_for_a_shard(stage, supervisor):
-    set_cap(supervisor.lake, 1000)
-    supervisor.workers = [supervisor.child("stream-2")]
-    assert stage.control(supervisor)
-    assert supervisor.started == ["train"]
-
-
-def full_lake_with_room_again(stage, supervisor) -> None:
-    """Ten unread clips in a lake that was full of them, and then got room for another shard."""
-    add_shard(supervisor.lake, 10)
-    cap_bytes = supervisor.lake.cap_bytes()
-    set_cap(supervisor.lake, supervisor.lake.used_bytes())
-    assert stage.control(supervisor)
-    set_cap(supervisor.lake, cap_bytes)
-    assert stage.control(supervisor)
-    assert supervisor.started == ["train"] and not supervisor.is_filling
-
-
-def test_a_lake_that_was_full_is_filled_again_when_half_of_it_is_read_and_no_earlier(stage, supervisor):
-    full_lake_with_room_again(stage, supervisor)
-    for unread, num_started in ((6, 1), (5, 5)):
-        supervisor.lake.db.execute("UPDATE shards SET num_read = ?", (10 - unread,))
-        assert stage.control(supervisor)
-        assert len(supervisor.started) == num_started
-
-
-def test_a_lake_that_was_full_is_filled_again_when_the_trainer_waits_for_more_than_is_unread(stage, supervisor):
-    """Less than a batch is left: it would never be half read, and both would wait for ever."""
-    full_lake_with_room_again(stage, supervisor)
-    Heartbeat(supervisor.config.out / "progress.json", "train").beat(5, is_waiting=True)
-    assert stage.control(supervisor)
-    assert len(supervisor.started) == 5
-
-
-def set_cap(lake: Lake, num_bytes: int) -> None:
-    """Change the cap of a lake."""
-    lake.db.execute("UPDATE settings SET value = ? WHERE name = 'cap_bytes'", (str(num_bytes),))
-
-
-def test_the_status_line_shows_a_loss_that_was_not_finite(stage):
-    trainer = {"step": 7, "steps": 9, "loss": None}
-    status = {"used_bytes": 1, "cap_bytes": 2, "unread_clips": 3, "is_filling": True, "workers": 1}
-    status["has_disk"] = True
-    assert "step 7 of 9" in stage.line_of({**status, "clips_per_s": {}, "trainer": trainer})
-
-
-@pytest.mark.parametrize("word", ["paper", "demo"])
-def test_more_arguments_for_the_trainer_leave_the_preset_that_the_word_named(stage, word):
-    _, config = stage.cli.parse(stage.main, stage.PRESETS, [word, "--train-args=--seed 5"], "", {})
-    assert stage.command_of(stage.TRAINER, config)[2] == word

@@ -219,11 +219,15 @@ def test_the_revision_tells_when_the_folder_has_changed(tmp_path):
     assert len({revision, renamed, FolderSource(tmp_path).revision}) == 3
 
 
-def test_a_tar_that_went_away_is_broken_and_nothing_else(tmp_path):
-    write_tar(tmp_path / "a.tar", pairs("a"))
+def test_a_tar_that_went_away_is_broken_but_a_source_that_went_away_stops_the_worker(tmp_path):
+    for name in "ab":
+        write_tar(tmp_path / f"{name}.tar", pairs(name))
     source = FolderSource(tmp_path)
     (tmp_path / "a.tar").unlink()
     with pytest.raises(TarBroken, match="No such file"):
+        source.open(source.tars[0], 0)
+    (tmp_path / "b.tar").unlink()
+    with pytest.raises(UserError, match="holds none now; is it still mounted"):
         source.open(source.tars[0], 0)
 
 

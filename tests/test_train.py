@@ -154,7 +154,7 @@ def test_tensorboard_shows_what_metrics_say(unbroken):
     whole, _ = unbroken
     board = board_of(whole)
     story = story_of(whole.out)
-    for name in ("loss", "mse", "grad_norm", "anchor_mse", "recent_cosine"):
+    for name in ("loss", "mse", "grad_norm", "anchor_mse", "recent_centred_cosine"):
         points = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in board.Scalars(name)]
         assert [(line["step"], line[name]) for line in story if name in line] == points
 
@@ -432,7 +432,7 @@ def test_a_second_trainer_in_the_same_folder_is_refused(training):
 
 def test_a_missing_lake_is_refused_with_the_command_that_makes_one(tmp_path, teacher):
     refusal = refusal_of(Training(tmp_path / "run", tmp_path / "nowhere", teacher))
-    assert str(tmp_path / "nowhere") in refusal and "run_lake.py --lake" in refusal
+    assert str(tmp_path / "nowhere") in refusal and "run_lake.py --source DIR --lake" in refusal
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
