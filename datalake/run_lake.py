@@ -222,7 +222,7 @@ def reap(supervisor: Supervisor, child: Child) -> int | None:
     supervisor.lake.sweep()
     if code == 2:
         raise UserError(f"{child.name}: {child.last_words().removeprefix('error: ')}")
-    if code != 0:
+    if code not in (0, -signal.SIGTERM):  # asked to leave before it could listen, a child ends by the signal itself
         book_crash(supervisor, child, code)
     return code
 

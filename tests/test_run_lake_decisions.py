@@ -122,6 +122,16 @@ def test_a_crashed_child_is_started_again_after_a_pause_that_doubles(stage, supe
     assert supervisor.started == [] and pauses == pytest.approx([5, 10, 20], abs=0.5)
 
 
+def test_a_streamer_that_was_asked_to_leave_while_it_was_starting_has_not_crashed(stage, supervisor, monkeypatch):
+    supervisor.workers = [supervisor.child("stream-0")]
+    monkeypatch.setattr(stage.shutil, "disk_usage", lambda _: SimpleNamespace(free=GIB - 1))
+    assert stage.control(supervisor)
+    assert supervisor.signalled == [("stream-0", signal.SIGTERM)]
+    supervisor.workers[0].process.poll = lambda: -signal.SIGTERM
+    assert stage.control(supervisor)
+    assert supervisor.workers == [] and not supervisor.crashes
+
+
 def test_a_child_that_makes_no_progress_is_killed_and_one_that_does_is_not(stage, supervisor, monkeypatch):
     monkeypatch.setattr(stage, "HANG_S", 0.3)
     supervisor.trainer, slow = supervisor.child("train"), supervisor.child("stream-0")
