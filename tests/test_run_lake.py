@@ -202,7 +202,7 @@ def test_a_lake_fills_and_drains_and_fills_again_within_its_cap_until_the_source
     watch.is_done = True
     watch.join()
     assert (code, err) == (0, ""), out
-    # Twice or more where the streamers are the faster ones, as on a quiet machine; on a busy one perhaps once.
+    # How often depends on who is faster, streamers or trainer; once was seen, and is enough here.
     assert "the lake is full" in out and "the streamers start again" in out
     assert 0.8 * house.cap_bytes < watch.highest <= house.cap_bytes and watch.looks > 100
     assert_finished(house)
