@@ -5,16 +5,21 @@ n samples at 16 kHz   c channels
 """
 
 import io
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import soundfile
 import soxr
 
+from hear_distill import mp3
+
 SAMPLE_RATE = 16_000
 CLIP_SAMPLES = 32_000  # 2 s: the only length that HeAR takes
 MIN_RATE_HZ, MAX_RATE_HZ = 4_000, 384_000  # a header is not to be trusted: at 1 Hz, 300 kB become gigabytes
-BLOCK_FRAMES = 1 << 20  # decoding unit; bounds the float32 copy of a two-hour recording to about 8 MiB
+MAX_LEVEL = 1e6  # of full scale; a float WAV may hold anything, and sums of 1e38 are infinite
+MAX_HOURS = 24  # of one recording; a FLAC of silence of 512 MiB is weeks long
+BLOCK_VALUES = 1 << 20  # decoding unit over all channels, of which there may be 1,024; 4 MiB of float32
 
 
 class DecodeError(Exception):
@@ -62,37 +67,101 @@ def to_int16(samples: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(samples * 32768.0), -32768, 32767).astype(np.int16)
 
 
-def decode(data: bytes) -> np.ndarray:
-    """MP3, FLAC, OGG or WAV bytes -> [n] int16, mono, 16 kHz.
+class _ForwardFile(soundfile.SoundFile):
+    """Reads from front to back and never seeks.
 
-    Reads in blocks until the decoder gives no more. An MP3 of variable bit rate without a Xing tag may end early there:
-    libsndfile stops at its own estimate of the length.
+    soundfile seeks after every read to where it already is, and there the MP3 decoder starts without the bits that
+    earlier frames have left for this one: at a variable bit rate, every block began with a burst of noise.
+    """
+
+    def seekable(self) -> bool:
+        return False
+
+
+def decode_blocks(data: bytes) -> Iterator[np.ndarray]:
+    """MP3, FLAC, OGG or WAV bytes -> blocks of [n] int16, mono, 16 kHz, without a seam between them.
+
+    A recording may last for hours: held are one block and, of an MP3 that `mp3.made_whole` must rewrite, a second copy.
 
     Raises:
         DecodeError: reason `undecodable` (not audio, broken, or of an absurd rate), `empty` (no samples), `not finite`
-            (NaN or infinity).
+            (NaN, infinity or numbers that are no sound), `absurd length` (more than 24 hours). It may come after blocks
+            that are good.
     """
+    num_samples = 0
     try:
-        blocks = list(_resampled_blocks(data))
+        for block in _resampled_blocks(mp3.made_whole(data)):
+            num_samples += len(block)
+            if num_samples > MAX_HOURS * 3600 * SAMPLE_RATE:
+                raise DecodeError("absurd length", f"more than {MAX_HOURS} hours")
+            if len(block) > 0:
+                yield block
     except soundfile.SoundFileError as e:
         raise DecodeError("undecodable", str(e)) from e
-    samples = np.concatenate(blocks) if blocks else np.empty(0, np.int16)
-    if len(samples) == 0:
+    if num_samples == 0:
         raise DecodeError("empty", "the file holds no samples")
-    return samples
+
+
+def decode(data: bytes) -> np.ndarray:
+    """The whole recording, [n] int16; raises DecodeError as `decode_blocks` does. An hour is 110 MiB."""
+    return np.concatenate(list(decode_blocks(data)))
+
+
+def clips_in(blocks: Iterable[np.ndarray], min_short: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+    """Cut the clips that `clip_starts` names out of a recording that comes in blocks of any sizes.
+
+    Args:
+        blocks: [n] int16 each, as from `decode_blocks`.
+        min_short: if given, a recording of at least so many samples, and at least one, that is too short for a clip
+            gives one all the same, padded with zeros at the end.
+
+    Yields:
+        (start, samples [32000] int16), ascending; each array is a copy, so that a clip does not keep a block alive.
+    """
+    held = np.zeros(2 * CLIP_SAMPLES, np.int16)  # the clip before, then the one that fills up
+    before, filling = held[:CLIP_SAMPLES], held[CLIP_SAMPLES:]
+    num_samples = 0
+    for block in blocks:
+        assert block.dtype == np.int16, "floats would be cut to zeros without a word"
+        taken = 0
+        while taken < len(block):
+            num_filled = num_samples % CLIP_SAMPLES
+            piece = block[taken : taken + CLIP_SAMPLES - num_filled]
+            filling[num_filled : num_filled + len(piece)] = piece
+            taken += len(piece)
+            num_samples += len(piece)
+            if num_samples % CLIP_SAMPLES == 0:
+                before[:] = filling
+                yield num_samples - CLIP_SAMPLES, before.copy()
+    tail = num_samples % CLIP_SAMPLES
+    if num_samples > CLIP_SAMPLES and tail >= SAMPLE_RATE:
+        yield num_samples - CLIP_SAMPLES, held[tail : tail + CLIP_SAMPLES].copy()
+    elif min_short is not None and max(1, min_short) <= num_samples < CLIP_SAMPLES:
+        yield 0, filling.copy()  # zeros to begin with
+
+
+def rms_db(samples: np.ndarray) -> float:
+    """Level of one clip, [n] int16, in dB re full scale: 0 for a square wave of full scale, -3.01 for a sine.
+
+    Digital silence is -inf. float64 holds every square of int16 and the sum of 2^23 of them exactly.
+    """
+    values = samples.astype(np.float64)
+    energy = float(values @ values)
+    return 10 * math.log10(energy / len(samples) / 32768**2) if energy > 0 else -math.inf
 
 
 def _resampled_blocks(data: bytes) -> Iterator[np.ndarray]:
     """Yield [n] int16 at 16 kHz, block by block. A stateful resampler: no seam between blocks."""
-    with soundfile.SoundFile(io.BytesIO(data)) as file:
+    with _ForwardFile(io.BytesIO(data)) as file:
         if not MIN_RATE_HZ <= file.samplerate <= MAX_RATE_HZ:
             raise DecodeError("undecodable", f"a sample rate of {file.samplerate} Hz")
         resampler = soxr.ResampleStream(file.samplerate, SAMPLE_RATE, num_channels=1, dtype="float32", quality="HQ")
+        num_frames = max(1, BLOCK_VALUES // file.channels)
         is_last = False
         while not is_last:
-            frames = file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)  # [n, c]
-            is_last = len(frames) < BLOCK_FRAMES
-            mono = downmix(frames)  # [n]
-            if not np.isfinite(mono).all():
-                raise DecodeError("not finite", "the recording holds NaN or infinite samples")
-            yield to_int16(resampler.resample_chunk(mono, last=is_last))
+            frames = file.read(num_frames, dtype="float32", always_2d=True)  # [n, c]
+            is_last = len(frames) == 0  # a short block is not the end: a decoder may stop where a stream changes
+            low, high = frames.min(initial=0.0), frames.max(initial=0.0)  # NaN if there is one
+            if not (low >= -MAX_LEVEL and high <= MAX_LEVEL):
+                raise DecodeError("not finite", f"samples between {low} and {high}; full scale is 1")
+            yield to_int16(resampler.resample_chunk(downmix(frames), last=is_last))
