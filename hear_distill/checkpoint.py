@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hear_distill.files import UserError, crash_point, fsync_folder
+from hear_distill.files import UserError, crash_point, fsync_folder, make_folder
 
 LATEST = "latest.pt"
 PREVIOUS = "previous.pt"
@@ -38,7 +38,7 @@ def save(folder: Path, state: dict[str, Any]) -> Path:
         CheckpointError: what was read back is not what was written; the names still stand for the old files.
         TypeError: a value that cannot be read back without running code; the text says where in `state` it is.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     latest, new = folder / LATEST, folder / (LATEST + ".tmp")
     plain = {name: _plain(value, name) for name, value in state.items() if name != "sha256"}
     with new.open("wb") as f:

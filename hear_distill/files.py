@@ -59,6 +59,17 @@ def fsync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def make_folder(folder: Path) -> None:
+    """Make `folder`, and its parents, unless they are there. Each new name is durable before anything is put under it.
+
+    A plain mkdir is not: a power cut may take the new folder away with all that was fsynced inside it.
+    """
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        fsync_folder(folder.parent)
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open `path` for writing so that readers see the old file or the whole new one, never a part.
@@ -66,7 +77,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     The bytes go to `<path>.tmp`, are fsynced, then renamed over `path`, and the folder is fsynced. If the body raises,
     the temporary file is removed and `path` is left as it was. One writer per path: that is the caller's job.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     tmp = path.with_name(path.name + ".tmp")
     try:
         with tmp.open("wb") as f:

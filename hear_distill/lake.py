@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from hear_distill.files import UserError, crash_point, fsync_folder
+from hear_distill.files import UserError, crash_point, fsync_folder, make_folder
 from hear_distill.locks import is_locked
 from hear_distill.schema import ANCHOR, RECENT, SCHEMA, TRAIN, Books, Cursor, Identity, Part, Shard
 
@@ -68,7 +68,7 @@ class Lake:
                 all its parts, and `max_workers`, the streamers that may run side by side.
         """
         for folder in ("shards", "val", "owners", "quarantine"):
-            (root / folder).mkdir(parents=True, exist_ok=True)
+            make_folder(root / folder)
         with (root / "create.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # SQLite does not wait when two processes make a file's WAL at once
             lake = cls(root)
@@ -360,7 +360,7 @@ class Lake:
             path = self.path(row["id"], row["split"])
             aside = self.root / "quarantine" / f"{row['id']:08d}-{row['split']}.tar"
             if path.exists():
-                path.rename(aside)
+                fsync_folder(path.rename(aside).parent)  # the new name first: at no time is there neither
                 self._fsync_folders()
             elif not aside.exists():
                 self.db.execute("UPDATE shards SET num_bytes = 0 WHERE id = ? AND split = ?", (row["id"], row["split"]))

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hear_distill.files import UserError
+from hear_distill.files import UserError, make_folder
 
 
 @contextmanager
 def alone(lock: Path, refusal: str) -> Iterator[None]:
     """Hold `lock` while the body runs; the kernel drops it if the process dies. Raises UserError(refusal) if held."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(lock.parent)
     with lock.open("w") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -42,7 +42,7 @@ class Owner:
     def __init__(self, root: Path, role: str) -> None:
         self.id = f"{role}-{uuid.uuid4().hex[:8]}"
         self.path = root / "owners" / f"{self.id}.lock"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         while True:  # until the lock is on it, `sweep` may take the new file for a dead owner's and delete it
             self.file = self.path.open("w")
             fcntl.flock(self.file, fcntl.LOCK_EX)

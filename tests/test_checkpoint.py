@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from lossy_disk import LOST, LossyDisk
 
 from hear_distill import checkpoint
 from hear_distill.checkpoint import CheckpointError
@@ -224,11 +225,13 @@ def test_a_file_that_does_not_read_back_never_becomes_the_newest(tmp_path, monke
     assert checkpoint.load_newest(tmp_path)[0]["step"] == 1
 
 
-def saved_and_killed(folder: Path, step: int, point: str) -> None:
+def saved_and_killed(folder: Path, step: int, point: str, lost: str) -> None:
     """Save in a child that is killed at `point`. A fork, because importing torch again costs seconds."""
 
     def save() -> None:
         os.environ["HEAR_CRASH_AT"] = point
+        if lost != "nothing":
+            LossyDisk(folder.parent, lost).install()
         checkpoint.save(folder, some_state(step))
 
     child = get_context("fork").Process(target=save)
@@ -237,15 +240,17 @@ def saved_and_killed(folder: Path, step: int, point: str) -> None:
     assert child.exitcode == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("lost", LOST)
 @pytest.mark.parametrize("num_before", [0, 1, 2])
 @pytest.mark.parametrize("point", CRASH_POINTS)
-def test_a_kill_at_any_point_twice_in_a_row_leaves_the_newest_whole_checkpoint(tmp_path, point, num_before):
+def test_a_kill_at_any_point_twice_in_a_row_leaves_the_newest_whole_checkpoint(tmp_path, point, num_before, lost):
+    run = tmp_path / "run"
     for step in range(1, num_before + 1):
-        checkpoint.save(tmp_path, some_state(step))
+        checkpoint.save(run, some_state(step))
     for step in (8, 9):
-        saved_and_killed(tmp_path, step, point)
+        saved_and_killed(run, step, point, lost)
         newest = step if point == "checkpoint-renamed" else num_before
-        found = checkpoint.load_newest(tmp_path)
+        found = checkpoint.load_newest(run)
         if newest == 0:
             assert found is None
         else:
@@ -253,11 +258,11 @@ def test_a_kill_at_any_point_twice_in_a_row_leaves_the_newest_whole_checkpoint(t
             assert path.name == "latest.pt"
             assert rendered(state) == rendered(some_state(newest))
         if num_before == 2:
-            assert checkpoint.load(tmp_path / "previous.pt")["step"] <= newest
+            assert checkpoint.load(run / "previous.pt")["step"] <= newest
 
-    checkpoint.save(tmp_path, some_state(10))
-    assert checkpoint.load_newest(tmp_path)[0]["step"] == 10
-    assert not list(tmp_path.glob("*.tmp"))
+    checkpoint.save(run, some_state(10))
+    assert checkpoint.load_newest(run)[0]["step"] == 10
+    assert not list(run.glob("*.tmp"))
 
 
 def test_leftovers_of_a_killed_save_are_overwritten(tmp_path):

@@ -1,7 +1,8 @@
 """Killed at any point between two durable operations, twice in a row, or at any moment: nothing is lost or done twice.
 
 The streamer is the real one; the trainer is `lake_tools.play_trainer`, which has everything of a trainer but the model.
-The points inside the saving of a checkpoint are those of tests/test_checkpoint.py.
+The points inside the saving of a checkpoint are those of tests/test_checkpoint.py. At each point the process dies three
+times over: alone, and together with a disk that loses what was not fsynced, in either of two ways (lossy_disk.py).
 """
 
 import random
@@ -26,11 +27,13 @@ from lake_tools import (
     make_clips,
     make_lake,
     newest_checkpoint,
+    run,
     run_python,
     stream,
     stream_command,
     write_source,
 )
+from lossy_disk import LOST, on_lossy_disk
 from reference.chunker import Clips, clips_of
 
 from hear_distill.files import CRASH_POINTS
@@ -43,6 +46,7 @@ STREAMER_POINTS = [
 TRAINER_POINTS = ["lease-taken", "checkpoint-recorded", "shard-unlinked", "shard-retired", "shard-quarantined"]
 FLAGS = ("--shard-clips", 6, "--val-clips", 5, "--val-fraction", 0.3, "--open-tars", 2, "--cap-gb", 0.1)
 KILLED = -signal.SIGKILL
+each_loss = pytest.mark.parametrize("lost", LOST)
 
 
 def test_every_crash_point_is_tested_somewhere():
@@ -82,20 +86,25 @@ def assert_streamed(root: Path, expected: Clips) -> None:
     assert lake.tar_states().keys() == {"done"}
 
 
+@each_loss
 @pytest.mark.parametrize("point", STREAMER_POINTS)
-def test_a_streamer_killed_twice_at_one_point_cuts_each_clip_once(source, expected, begun, tmp_path, point):
+def test_a_streamer_killed_twice_at_one_point_cuts_each_clip_once(source, expected, begun, tmp_path, point, lost):
     lake = shutil.copytree(begun, tmp_path / "lake")
-    deaths = [stream(source, lake, *FLAGS, crash_at=point).returncode for _ in range(2)]
-    assert deaths == [KILLED] * 2
+    command = on_lossy_disk(stream_command(source, lake, *FLAGS), tmp_path, lost)
+    assert [run(command, crash_at=point).returncode for _ in range(2)] == [KILLED] * 2
     assert Lake.open(lake).books().balance() == 0
     assert stream(source, lake, *FLAGS).returncode == 0
     assert_streamed(lake, expected)
 
 
-def test_a_streamer_killed_at_each_point_in_turn_while_it_cuts_the_anchor_cuts_one_anchor(source, expected, tmp_path):
-    lake = tmp_path / "lake"
-    points = ["shard-reserved", "shard-written", "shard-synced", "shard-renamed", "shard-ready"]
-    assert [stream(source, lake, *FLAGS, crash_at=point).returncode for point in points] == [KILLED] * 5
+@each_loss
+def test_a_streamer_killed_at_each_point_in_turn_while_it_cuts_the_anchor_cuts_one_anchor(
+    source, expected, tmp_path, lost
+):
+    lake = tmp_path / "folder" / "lake"
+    points = ["shard-written", "shard-synced", "shard-renamed", "shard-reserved", "shard-ready"]  # reserved: just swept
+    command = on_lossy_disk(stream_command(source, lake, *FLAGS), tmp_path, lost)
+    assert [run(command, crash_at=point).returncode for point in points] == [KILLED] * 5
     assert [shard.num_clips for shard in Lake.open(lake).ready("anchor")] == [5]
     assert stream(source, lake, *FLAGS).returncode == 0
     assert_streamed(lake, expected)
@@ -106,6 +115,7 @@ def test_a_streamer_killed_at_each_point_in_turn_while_it_cuts_the_anchor_cuts_o
 
 SIZES = (7, 10, 4, 9, 12)
 BROKEN = 1  # one of the shards
+NOT_A_SHARD = b"not a shard"
 
 
 @pytest.fixture
@@ -115,7 +125,7 @@ def filled(tmp_path) -> Lake:
     lake.db.execute("UPDATE tars SET state = 'done'")
     for num_clips in SIZES:
         add_shard(lake, num_clips)
-    lake.path(BROKEN, "train").write_bytes(b"not a shard")
+    lake.path(BROKEN, "train").write_bytes(NOT_A_SHARD)
     return lake
 
 
@@ -126,24 +136,35 @@ def assert_trained(lake: Lake, out: Path) -> None:
     lake.sweep()
     assert_in_order(lake.root)
     assert (lake.books().trained, lake.books().quarantined) == (len(clips), SIZES[BROKEN])
+    assert [path.read_bytes() for path in (lake.root / "quarantine").iterdir()] == [NOT_A_SHARD]
 
 
+def play_until(point: str, lost: str, lake: Lake, out: Path) -> int:
+    """Train until `point`, or to the end: the exit status."""
+    command = [sys.executable, "-c", PLAY_TRAINER, str(lake.root), str(out)]
+    return run(on_lossy_disk(command, lake.root.parent, lost), crash_at=point).returncode
+
+
+@each_loss
 @pytest.mark.parametrize("point", TRAINER_POINTS)
-def test_a_trainer_killed_twice_at_one_point_trains_on_each_clip_once(filled, tmp_path, point):
-    deaths = [run_python(PLAY_TRAINER, filled.root, tmp_path, crash_at=point).returncode for _ in range(2)]
+def test_a_trainer_killed_twice_at_one_point_trains_on_each_clip_once(filled, tmp_path, point, lost):
+    out = tmp_path / "runs" / "toy"
+    deaths = [play_until(point, lost, filled, out) for _ in range(2)]
     assert deaths == [KILLED, KILLED if point != "shard-quarantined" else 0]  # it breaks only once
     assert filled.books().balance() == 0
-    assert run_python(PLAY_TRAINER, filled.root, tmp_path).returncode == 0
-    assert_trained(filled, tmp_path)
+    assert run_python(PLAY_TRAINER, filled.root, out).returncode == 0
+    assert_trained(filled, out)
 
 
+@each_loss
 @pytest.mark.parametrize("point", ["checkpoint-recorded", "shard-unlinked", "shard-retired"])
-def test_a_trainer_whose_newest_checkpoint_was_damaged_as_well_trains_on_each_clip_once(filled, tmp_path, point):
+def test_a_trainer_whose_newest_checkpoint_was_damaged_as_well_trains_on_each_clip_once(filled, tmp_path, point, lost):
+    out = tmp_path / "runs" / "toy"
     for _ in range(2):
-        assert run_python(PLAY_TRAINER, filled.root, tmp_path, crash_at=point).returncode == KILLED
-        (tmp_path / "latest.json").write_text('{"history": [')
-    assert run_python(PLAY_TRAINER, filled.root, tmp_path).returncode == 0
-    assert_trained(filled, tmp_path)
+        assert play_until(point, lost, filled, out) == KILLED
+        (out / "latest.json").write_text('{"history": [')
+    assert run_python(PLAY_TRAINER, filled.root, out).returncode == 0
+    assert_trained(filled, out)
 
 
 # ---- any moment ----

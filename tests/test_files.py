@@ -2,10 +2,12 @@
 
 import json
 import signal
+import sys
 
 import numpy as np
 import pytest
-from lake_tools import run_python
+from lake_tools import run, run_python
+from lossy_disk import on_lossy_disk
 
 from hear_distill.files import CRASH_POINTS, atomic_write, gib, write_json
 
@@ -17,6 +19,17 @@ with atomic_write(Path(sys.argv[1])) as f:
     f.write(b"half of the new")
     f.flush()
     os.kill(os.getpid(), signal.SIGKILL)
+"""
+MAKE_AND_DIE = """
+import os, signal, sys
+from pathlib import Path
+from hear_distill.files import write_json
+from hear_distill.locks import Owner, alone
+from lake_tools import make_lake
+folder = Path(sys.argv[1]) / "new" / "deep"
+lock = alone(folder / "lock", "held")
+{make}
+os.kill(os.getpid(), signal.SIGKILL)
 """
 PASS_POINTS = """
 from hear_distill.files import CRASH_POINTS, crash_point
@@ -57,6 +70,21 @@ def test_readers_see_the_old_file_until_the_new_one_is_whole(tmp_path):
         f.flush()
         assert path.read_bytes() == b"first"
     assert path.read_bytes() == b"second"
+
+
+@pytest.mark.parametrize(
+    ("make", "made"),
+    [
+        ("write_json(folder / 'run' / 'config.json', 1)", ["run/config.json"]),
+        ("lock.__enter__()", ["."]),
+        ("owner = Owner(folder, 'train')", ["owners"]),
+        ("make_lake(folder)", ["shards", "val", "owners", "quarantine"]),
+    ],
+)
+def test_a_new_folder_survives_a_power_cut_and_so_does_what_is_made_durable_in_it_later(tmp_path, make, made):
+    command = [sys.executable, "-c", MAKE_AND_DIE.format(make=make), str(tmp_path)]
+    assert run(on_lossy_disk(command, tmp_path, "everything")).returncode == -signal.SIGKILL
+    assert [name for name in made if not (tmp_path / "new" / "deep" / name).exists()] == []
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf"), np.float64("nan"), np.float32("nan"), {1}], ids=repr)
