@@ -22,16 +22,20 @@ from lake_tools import (
     assert_exactly_once,
     assert_in_order,
     clips_on_disk,
+    encoded,
     environment,
     hash_of,
     make_clips,
     make_lake,
+    members_of,
     newest_checkpoint,
+    noise,
     run,
     run_python,
     stream,
     stream_command,
     write_source,
+    write_tar,
 )
 from lossy_disk import LOST, on_lossy_disk
 from reference.chunker import Clips, clips_of
@@ -206,3 +210,30 @@ def start(command: list[str]) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
         command, cwd=Path(__file__).parent, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
+
+
+@pytest.mark.slow
+def test_two_workers_side_by_side_killed_one_at_a_time_cut_each_clip_once(tmp_path):
+    source, root, rng = write_source(tmp_path / "source", 16, 50), tmp_path / "lake", random.Random(4)
+    for number in range(4):  # 100 clips in a row: a worker is killed inside it, and the other goes on or takes it over
+        long = members_of(f"long-{number}", encoded(noise(200 * 16_000, 9, number)))
+        write_tar(source / f"long-{number}.tar", long)
+    flags = ("--shard-clips", 2, "--val-clips", 8, "--val-fraction", 0.1, "--open-tars", 3, "--max-workers", 2)
+    command = stream_command(source, root, *flags, "--cap-gb", 1)
+    workers, num_cut_short = [start(command), start(command)], 0
+    for _ in range(30):
+        victim = workers.pop(rng.randrange(2))
+        while not (root / "heartbeats" / f"stream-{victim.pid}.json").exists():  # until it reads
+            assert victim.poll() is None, "the source ended before the last kill: make it longer"
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.05))
+        victim.kill()
+        assert victim.wait() == KILLED
+        lake = Lake.open(root)
+        assert lake.books().balance() == 0
+        num_cut_short += any(row["next_clip"] for row in lake.db.execute("SELECT next_clip FROM tars"))
+        lake.close()
+        workers.append(start(command))
+    assert num_cut_short > 10, "most kills should find a recording that a full shard cut in two"
+    assert [worker.wait(TIMEOUT_S) for worker in workers] == [0, 0]
+    assert_streamed(root, clips_of(source))
