@@ -1,35 +1,38 @@
 """Cut the recordings of a source into 2 s clips, in shards, in the lake.
 
-in:   tars of a source (--source, a folder of WebDataset tars)
+in:   tars of a source (--source): a dataset on the Hugging Face hub, an fsspec URL, or a folder
 out:  <lake>/shards/*.tar, <lake>/val/*.tar, and the ledger that knows them; any number of these run side by side
-cost: one core each; memory and clips per second not measured yet
+cost: one core each; memory and clips per second: benchmarks/stream.py
 
-    python stream_laion_audio_clips.py --source DIR --lake lake     # until the source ends or the lake is full
+    python stream_laion_audio_clips.py --lake lake                   # the published dataset, until the lake is full
+    python stream_laion_audio_clips.py --source DIR --lake lake     # WebDataset tars in a folder
     python stream_laion_audio_clips.py demo                          # synthetic recordings into demo/lake
 
 Killed at any moment and started again, it leaves every clip of the source in exactly one finished shard.
 """
 
-import hashlib
+import json
 import os
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from hear_distill import cli, demo
-from hear_distill.audio import CLIP_SAMPLES, SAMPLE_RATE, DecodeError, clip_starts, decode
+from hear_distill.audio import CLIP_SAMPLES
+from hear_distill.cutter import Draft, Keep, Reader, parse_weights, split_of
 from hear_distill.files import GIB, UserError, gib
 from hear_distill.lake import Lake, LakeFull
 from hear_distill.locks import Owner
-from hear_distill.runlog import Heartbeat, StopRequest
-from hear_distill.schema import ANCHOR, RECENT, TRAIN, Cursor, Identity, Part
-from hear_distill.shards import Clip, shard_bytes, write_shard
-from hear_distill.sources import FolderSource, Recording, Tar, TarBroken, read_recordings
+from hear_distill.remote import Unreachable
+from hear_distill.runlog import Heartbeat, Stopped, StopRequest
+from hear_distill.schema import ANCHOR, RECENT, TRAIN, Identity, Part
+from hear_distill.shards import shard_bytes, write_shard
+from hear_distill.sources import Source, find_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,7 @@ class Config:
     """Flags of the streamer. A lake keeps its first source, seed, shard size and validation; others are refused."""
 
     source: str = "laion/LAION-Audio-300M"
-    """folder of WebDataset tars"""
+    """dataset org/name[@revision] on the Hugging Face hub, fsspec URL, or folder of WebDataset tars"""
     lake: Path = Path("lake")
     """folder of the lake; made if it is not there, joined if it is the same one"""
     cap_gb: float = 60.0
@@ -53,7 +56,14 @@ class Config:
     max_workers: int = 1
     """how many of these may run side by side; the trainer refuses a cap without room for a shard of each"""
     seed: int = 0
-    """of the order of the tars, the split and the mixing"""
+    """of the order of the tars, the split, the mixing and the thinning"""
+    min_rms_db: float | None = None
+    """drop clips whose level, in dB of full scale, is below this; -60 drops silence"""
+    keep_short: bool = False
+    """keep recordings of 0.3 to 2 s, padded with zeros at the end as HeAR has it, instead of dropping them"""
+    caption_weight: tuple[str, ...] = ()
+    """PATTERN=W ...: keep a recording whose caption matches with probability W; the first pattern that matches counts,
+    in any case; what matches none is kept: "cough|sneez|breath=1" ".=0.1" """
 
     def __post_init__(self) -> None:
         if min(self.shard_clips, self.open_tars) < 1 or self.val_clips < 0:
@@ -62,6 +72,14 @@ class Config:
             raise ValueError(f"--val-fraction must be in [0, 1), got {self.val_fraction}")
         if self.val_fraction and not self.val_clips:
             raise ValueError(f"--val-fraction {self.val_fraction} needs --val-clips above 0")
+        try:
+            self.keep()
+        except ValueError as e:
+            raise ValueError(f"--caption-weight {e}") from e
+
+    def keep(self) -> Keep:
+        """Which recordings and clips are wanted."""
+        return Keep(self.seed, self.min_rms_db, self.keep_short, parse_weights(self.caption_weight))
 
 
 PRESETS = {
@@ -72,205 +90,133 @@ PRESETS = {
 }
 ANCHOR_TARS = 64  # heads of this many tars, spread by the permutation, make up the anchor validation
 ANCHOR_WAIT_S = 1.0
+MAX_RECORDINGS = 10_000  # for one shard, however few of them are kept: a killed worker reads no more than that again
 BROKEN_LIMIT = 100  # unreadable recordings among the first 200 that stop a worker: the source is not what it should be
 BROKEN_WINDOW = 200
-UNREADABLE = ("undecodable", "empty", "not finite", "no audio member", "oversized member", "bad JSON")
+BROKEN_TARS = 10  # without one recording
+UNREADABLE = (
+    *("undecodable", "empty", "not finite", "absurd length"),
+    *("no audio member", "oversized member", "bad JSON"),
+)
 
 
 class SourceBroken(UserError):
     """Too much of the source cannot be read: going on would train on the rest as if nothing had happened."""
 
 
-@dataclass
-class Reader:
-    """One open tar of this worker: where it stands, and the recording that a full shard may have cut in two."""
-
-    cursor: Cursor
-    recordings: Iterator[Recording]
-    recording: Recording | None = None
-    samples: np.ndarray = field(default_factory=lambda: np.empty(0, np.int16))
-    """[n] int16 of `recording`"""
-
-
-@dataclass
-class Draft:
-    """A shard in the making. The clips are held in memory, 64 kB each, so that they can be permuted before writing."""
-
-    clips: dict[str, list[Clip]] = field(default_factory=lambda: {TRAIN: [], ANCHOR: [], RECENT: []})
-    counts: Counter[str] = field(default_factory=Counter)
-    cursors: dict[int, Cursor] = field(default_factory=dict)
-    groups: set[str] = field(default_factory=set)
-    """what `clips` belong to; kept for the anchor only"""
-
-    def num_clips(self) -> int:
-        """Clips of all parts together."""
-        return sum(map(len, self.clips.values()))
-
-
-def group_of(recording: Recording) -> str:
-    """What must stay on one side of the split: the video, where the metadata says that this is a segment of one."""
-    is_segment = "start_time_ms" in recording.metadata and recording.metadata.get("title")
-    return str(recording.metadata["title"]) if is_segment else recording.key
-
-
-def split_of(group: str, seed: int, val_fraction: float) -> str:
-    """`recent` or `train` for every clip of a group, forever: clips of one recording overlap, any finer split leaks."""
-    digest = hashlib.blake2b(f"{seed}\0{group}".encode(errors="surrogatepass"), digest_size=8).digest()
-    return RECENT if int.from_bytes(digest, "big") / 2**64 < val_fraction else TRAIN
-
-
-def next_recording(reader: Reader, counts: Counter[str]) -> bool:
-    """Move to the next recording, or count why it is passed over. False when the tar has no more."""
-    recording = next(reader.recordings, None)
-    if recording is None:
-        return False
-    counts["recordings"] += reader.cursor.next_clip == 0  # else it was counted when its first clips were cut
-    problem = recording.problem
-    if problem is None:
-        try:
-            reader.samples = decode(recording.audio)
-            problem = "shorter than a clip" if len(reader.samples) < CLIP_SAMPLES else None
-        except DecodeError as e:
-            problem = e.reason
-    if problem is None:
-        reader.recording = recording
-        reader.cursor = replace(reader.cursor, offset=recording.offset)
-    else:
-        counts[f"skipped: {problem}"] += 1
-        reader.cursor = replace(reader.cursor, offset=recording.end, next_clip=0)
-    return True
-
-
-def cut(reader: Reader, draft: Draft, split: str, room: int) -> None:
-    """Move up to `room` clips of the reader's recording into the draft, and the cursor behind the last of them."""
-    recording, first = reader.recording, reader.cursor.next_clip
-    starts = clip_starts(len(reader.samples))
-    draft.clips[split] += [
-        Clip(
-            tar=reader.cursor.name,
-            key=recording.key,
-            start=start,
-            source_s=len(reader.samples) / SAMPLE_RATE,
-            caption=str(recording.metadata.get("caption") or ""),
-            samples=reader.samples[start : start + CLIP_SAMPLES].copy(),  # a view would keep the whole recording
-        )
-        for start in starts[first : first + room]
-    ]
-    if first + room < len(starts):
-        reader.cursor = replace(reader.cursor, next_clip=first + room)
-    else:
-        reader.cursor = replace(reader.cursor, offset=recording.end, next_clip=0)
-        reader.recording = None
-
-
-def advance(reader: Reader, draft: Draft, room: int, split: Callable[[str], str]) -> bool:
-    """Cut one recording, or what fits of it, into the draft. False when the reader's tar is done or broken.
-
-    Args:
-        split: from the recording's group to the part that its clips belong to.
-    """
-    try:
-        has_more = reader.recording is not None or next_recording(reader, draft.counts)
-    except TarBroken as e:
-        draft.counts["broken tars"] += 1
-        print(f"{reader.cursor.name} is broken: {e}", file=sys.stderr)
-        reader.cursor = replace(reader.cursor, state="broken", problem=str(e))
-        has_more = False
-    if reader.recording is not None:
-        group = group_of(reader.recording)
-        draft.groups.add(group)
-        cut(reader, draft, split(group), room)
-    elif not has_more and reader.cursor.state == "open":
-        reader.cursor = replace(reader.cursor, state="done", offset=reader.cursor.num_bytes, next_clip=0)
-    draft.cursors[reader.cursor.position] = reader.cursor
-    return has_more
-
-
 class Worker:
     """Reads tars, mixes their recordings and fills one shard after another."""
 
-    def __init__(self, config: Config, source: FolderSource, lake: Lake, owner: Owner, stop: StopRequest) -> None:
+    def __init__(self, config: Config, source: Source, lake: Lake, owner: Owner, stop: StopRequest) -> None:
         self.config, self.source, self.lake, self.owner, self.stop = config, source, lake, owner, stop
+        self.keep = config.keep()
         self.readers: list[Reader] = []
         self.counts: Counter[str] = Counter()
-        self.num_waits = 0
+        self.failure: Unreachable | None = None
+        self.num_looks = 0
+        self.speed: dict[str, float] = {}
+        """of the last shard: clips per second, and the share of the time by activity"""
         self.heartbeat = Heartbeat(lake.root / "heartbeats" / f"stream-{os.getpid()}.json", "stream")
         self.progress = tqdm(unit="clip", desc=owner.id, disable=None)  # None: only on a terminal
+
+    def look(self) -> None:
+        """Called every so often while something takes long: raises Stopped if asked to leave, else says we live."""
+        self.stop.look()
+        self.num_looks += 1
+        self.beat()
+
+    def beat(self, force: bool = False) -> None:
+        """Progress for the supervisor, speed for `status`."""
+        progress = self.counts["recordings"] + self.num_looks
+        self.heartbeat.beat(progress, force, clips=self.counts["cut"], **self.speed)
 
     def open_tars(self, count: int) -> None:
         """Take cursors until `count` tars are open, or no more are free."""
         if len(self.readers) >= count:
             return
-        for cursor in self.lake.take_tars(self.owner.id, count - len(self.readers)):
-            self.readers.append(Reader(cursor, self._read(cursor)))
-
-    def _read(self, cursor: Cursor) -> Iterator[Recording]:
-        """The recordings from the cursor on; the tar is opened when the first of them is asked for."""
-        tar = Tar(cursor.name, cursor.num_bytes)
-        with self.source.open(tar, cursor.offset) as stream:
-            yield from read_recordings(stream, tar, cursor.offset)
+        cursors = self.lake.take_tars(self.owner.id, count - len(self.readers))
+        self.readers += [Reader(self.source, cursor, self.keep, self.look) for cursor in cursors]
 
     def fill(self, shard_id: int) -> Draft:
         """Draw recordings from the open tars at random until the shard is full, the tars are done, or a stop."""
         draft, rng = Draft(), np.random.default_rng([self.config.seed, shard_id])
         anchor_groups = self.lake.anchor_groups()
+        # No recording fills a shard alone, as long as others are open.
+        share = -(-self.config.shard_clips // self.config.open_tars)
 
         def split(group: str) -> str:
             return RECENT if group in anchor_groups else split_of(group, self.config.seed, self.config.val_fraction)
 
-        self.open_tars(self.config.open_tars)
-        while self.readers and (room := self.config.shard_clips - draft.num_clips()) > 0 and not self.stop:
-            chosen = int(rng.integers(len(self.readers)))
-            if not self.advance(self.readers[chosen], draft, room, split):
-                self.readers.pop(chosen)
-                self.open_tars(self.config.open_tars)
+        try:
+            self.open_tars(self.config.open_tars)
+            while self.readers and (room := self.config.shard_clips - draft.num_clips()) > 0:
+                self.look()
+                chosen = int(rng.integers(len(self.readers)))
+                if not self.readers[chosen].advance(draft, min(room, share), split):
+                    self.readers.pop(chosen)
+                    self.open_tars(self.config.open_tars)
+                self.check_source(draft.counts)
+                if draft.counts["recordings"] >= MAX_RECORDINGS:
+                    break
+        except Stopped:
+            pass  # what is cut by now is a short shard
+        except Unreachable as e:
+            self.failure = e  # the same, and then this worker leaves
         return draft
 
     def fill_anchor(self) -> Draft:
-        """Take the heads of many tars, an equal share of clips from each, all for the anchor validation."""
+        """Take the heads of many tars, an equal share of clips from each, all for the anchor validation.
+
+        Raises Stopped, Unreachable: half an anchor would stay half for the lake's whole life.
+        """
         draft = Draft()
         self.open_tars(ANCHOR_TARS)
         share = -(-self.config.val_clips // max(1, len(self.readers)))
         for reader in self.readers:
             target = min(self.config.val_clips, draft.num_clips() + share)
-            while (room := target - draft.num_clips()) > 0 and not self.stop:
-                if not self.advance(reader, draft, room, lambda group: ANCHOR):
+            while (room := target - draft.num_clips()) > 0:
+                self.look()
+                if not reader.advance(draft, room, lambda group: ANCHOR):
                     break
+                self.check_source(draft.counts)
+            reader.close()  # one connection at a time
         self.readers.clear()  # other workers may take these tars as soon as the cursors are published
         return draft
 
-    def advance(self, reader: Reader, draft: Draft, room: int, split: Callable[[str], str]) -> bool:
-        """`advance`, and after each recording a look at how it goes."""
-        has_more = advance(reader, draft, room, split)
-        self.check_source(draft.counts)
-        self.heartbeat.beat(self.counts["recordings"] + draft.counts["recordings"], clips=self.counts["cut"])
-        return has_more
-
     def check_source(self, counts: Counter[str]) -> None:
-        """Raise SourceBroken if most of the first recordings that this worker saw could not be read."""
+        """Raise SourceBroken if most of the first recordings that this worker saw, or all tars, could not be read."""
         seen = self.counts + counts
         num_broken = sum(seen[f"skipped: {reason}"] for reason in UNREADABLE)
-        if seen["recordings"] <= BROKEN_WINDOW and num_broken > BROKEN_LIMIT:
-            raise SourceBroken(
-                f"{num_broken} of the first {seen['recordings']} recordings of {self.config.source} cannot be read: "
-                f"{report(seen)}; look at the source, nothing was written from them"
-            )
+        if seen["broken tars"] >= BROKEN_TARS and not seen["recordings"]:
+            found = f"none of the first {seen['broken tars']} tars"
+        elif seen["recordings"] <= BROKEN_WINDOW and num_broken > BROKEN_LIMIT:
+            found = f"only {seen['recordings'] - num_broken} of the first {seen['recordings']} recordings"
+        else:
+            return
+        raise SourceBroken(
+            f"{found} of {self.config.source} can be read: {report(seen)}; "
+            f"look at the source, nothing was written from them"
+        )
 
     def write(self, shard_id: int, draft: Draft, anchor_groups: Iterable[str]) -> None:
         """Permute the clips, write the parts and publish them with the cursors."""
         rng, parts = np.random.default_rng([self.config.seed, shard_id, 1]), []
-        for split, clips in draft.clips.items():
-            if clips:
-                order = rng.permutation(len(clips))
-                sha256 = write_shard(self.lake.path(shard_id, split, ".tar.part"), [clips[i] for i in order])
-                parts.append(Part(split, len(clips), shard_bytes(len(clips)), sha256))
-        self.lake.publish(shard_id, parts, list(draft.cursors.values()), draft.counts, anchor_groups)
+        with draft.timed("writing"):
+            for split, clips in draft.clips.items():
+                if clips:
+                    order = rng.permutation(len(clips))
+                    sha256 = write_shard(self.lake.path(shard_id, split, ".tar.part"), [clips[i] for i in order])
+                    parts.append(Part(split, len(clips), shard_bytes(len(clips)), sha256))
+        self.lake.publish(shard_id, parts, draft.cursors(), draft.counts, anchor_groups, draft.statistics())
         self.lake.retire_recent(self.config.val_clips)
         self.counts += draft.counts + Counter(cut=draft.num_clips())
         self.progress.update(draft.num_clips())
         if self.progress.disable:
             print(f"{self.owner.id}: shard {shard_id}, {draft.num_clips()} clips; {report(self.counts)}")
-        self.heartbeat.beat(self.counts["recordings"], force=True, clips=self.counts["cut"])
+        seconds = max(1e-9, draft.clock_s.total())
+        self.speed = {"clips_per_s": draft.num_clips() / seconds}
+        self.speed |= {activity: spent / seconds for activity, spent in draft.clock_s.items()}
+        self.beat(force=True)
 
     def one_shard(self, is_anchor: bool) -> bool:
         """Reserve, fill and publish one shard. False if there is nothing left for this worker, or it was stopped."""
@@ -279,35 +225,50 @@ class Worker:
         shard_id = self.lake.begin_shard(self.owner.id, reservation_bytes(num_clips), split)
         if shard_id is None:  # another worker cuts the anchor; until it is known, any clip might belong to it
             self.stop.wait(ANCHOR_WAIT_S)
-            self.num_waits += 1
-            self.heartbeat.beat(self.num_waits)
+            self.look()
             self.lake.sweep()
-            return not self.stop
+            return True
         try:
             draft = self.fill_anchor() if is_anchor else self.fill(shard_id)
-        except SourceBroken:
+        except (UserError, Stopped):
             self.lake.abandon(shard_id)
             raise
-        if is_anchor and self.stop:  # half an anchor would stay half for the lake's whole life
-            self.lake.abandon(shard_id)
-            return False
         self.write(shard_id, draft, anchor_groups=draft.groups if is_anchor else ())
+        if self.failure:
+            raise self.failure
         if is_anchor:
             self.lake.free_tars(self.owner.id)
-        return bool(draft.cursors) and not self.stop
+        self.stop.look()
+        return bool(draft.readers)
+
+    def close(self) -> None:
+        """Give everything back: connections, cursors, the lock."""
+        for reader in self.readers:
+            reader.close()
+        self.lake.free_tars(self.owner.id)
+        self.owner.release()
+        self.heartbeat.path.unlink(missing_ok=True)
 
 
 def report(counts: Counter[str]) -> str:
-    """'1200 recordings, 3100 clips; skipped: 12 shorter than a clip, 1 undecodable'"""
+    """'1200 recordings, 3100 clips; skipped: 12 too short, 1 undecodable'"""
     skipped = [f"{n} {name.removeprefix('skipped: ')}" for name, n in counts.items() if name.startswith("skipped")]
     broken = f"; {counts['broken tars']} broken tars" if counts["broken tars"] else ""
     return f"{counts['recordings']} recordings, {counts['cut']} clips; skipped: {', '.join(skipped) or 'none'}{broken}"
 
 
-def join_lake(config: Config) -> tuple[FolderSource, Lake]:
+def join_lake(config: Config) -> tuple[Source, Lake]:
     """The source, and the lake of this configuration: made, or joined if it is there and the same."""
     demo.prepare(config.source)
-    source = FolderSource(Path(config.source))
+    cap_bytes = round(config.cap_gb * GIB)
+    needed_bytes = reservation_bytes(config.val_clips) + reservation_bytes(config.shard_clips)
+    if cap_bytes < needed_bytes:
+        raise UserError(
+            f"a cap of {gib(cap_bytes)} is too small for one shard of {config.shard_clips} clips and the anchor of "
+            f"{config.val_clips}, {gib(needed_bytes)} together; raise --cap-gb"
+        )
+    known = Lake.find(config.lake)
+    source = find_source(config.source, known.setting("revision") if known else None)
     identity = Identity(
         source=config.source,
         revision=source.revision,
@@ -317,21 +278,14 @@ def join_lake(config: Config) -> tuple[FolderSource, Lake]:
         val_fraction=config.val_fraction,
         val_clips=config.val_clips,
     )
-    tars = {tar.name: tar.num_bytes for tar in source.tars}
-    cap_bytes = round(config.cap_gb * GIB)
-    needed_bytes = reservation_bytes(config.val_clips) + reservation_bytes(config.shard_clips)
-    if cap_bytes < needed_bytes:
-        raise UserError(
-            f"a cap of {gib(cap_bytes)} is too small for one shard of {config.shard_clips} clips and the anchor of "
-            f"{config.val_clips}, {gib(needed_bytes)} together; raise --cap-gb"
-        )
     lake = Lake.create(
         config.lake,
         identity,
-        tars,
+        {} if known else {tar.name: tar.num_bytes for tar in source.tars},
         cap_bytes=cap_bytes,
         reservation_bytes=reservation_bytes(config.shard_clips),
         max_workers=config.max_workers,
+        keep=json.dumps([config.min_rms_db, config.keep_short, config.caption_weight]),
     )
     return source, lake
 
@@ -349,20 +303,19 @@ def check(config: Config) -> None:
 def main(config: Config) -> None:
     stop = StopRequest()
     source, lake = join_lake(config)
-    owner = Owner(lake.root, "stream")
-    worker = Worker(config, source, lake, owner, stop)
+    worker = Worker(config, source, lake, Owner(lake.root, "stream"), stop)
     lake.sweep()
-    try:
-        while worker.one_shard(is_anchor=not lake.has_anchor()):
-            pass
-        reason = "asked to stop" if stop else "no tar is left to read"
-    except LakeFull as e:
-        reason = f"the lake is full: {e}"
-    finally:
-        lake.free_tars(owner.id)
-        owner.release()
-        worker.heartbeat.path.unlink(missing_ok=True)
-    print(f"{owner.id}: {reason}; {report(worker.counts)}; {gib(lake.used_bytes())} of {gib(lake.cap_bytes())} used")
+    reason = "no tar is left to read"
+    with closing(worker):
+        try:
+            while worker.one_shard(is_anchor=not lake.has_anchor()):
+                pass
+        except Stopped:
+            reason = "asked to stop"
+        except LakeFull as e:
+            reason = f"the lake is full: {e}"
+    used = f"{gib(lake.used_bytes())} of {gib(lake.cap_bytes())} used"
+    print(f"{worker.owner.id}: {reason}; {report(worker.counts)}; {used}")
 
 
 if __name__ == "__main__":

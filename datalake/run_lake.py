@@ -43,7 +43,7 @@ class Config:
     lake: Path = Path("lake")
     """folder of the lake, on a local disk"""
     source: str = "laion/LAION-Audio-300M"
-    """folder of WebDataset tars"""
+    """dataset org/name[@revision] on the Hugging Face hub, fsspec URL, or folder of WebDataset tars"""
     out: Path = Path("runs/hear-vit-s")
     """run folder of the trainer"""
     cap_gb: float = 60.0
@@ -91,10 +91,12 @@ LOCK = "supervisor.lock"
 RESTART_AT_UNREAD = 0.5  # of the clips that were unread when the lake was last full, as published
 POLL_S = 0.5
 STATUS_S = 2.0
+ACTIVITIES = ("reading", "decoding", "cutting", "writing")  # of a streamer; reading is the network, or the disk
 SAY_S = 10.0  # between status lines where there is no terminal to overwrite one on
 END_S = 60.0  # for a child to leave in good order; a checkpoint on a slow disk fits
 HANG_S = 600.0  # without progress; loading the teacher and compiling take minutes
 CRASHES_PER_HOUR = 3
+OUTAGE_S = 300.0  # between attempts on a source that cannot be reached
 BACKOFF_S = 5.0  # after the first crash, doubled with each
 
 
@@ -222,7 +224,10 @@ def reap(supervisor: Supervisor, child: Child) -> int | None:
     supervisor.lake.sweep()
     if code == 2:
         raise UserError(f"{child.name}: {child.last_words().removeprefix('error: ')}")
-    if code not in (0, -signal.SIGTERM):  # asked to leave before it could listen, a child ends by the signal itself
+    if code == os.EX_TEMPFAIL:  # a network that is down for a night must not end a run of a week
+        say(f"{child.name}: {child.last_words().removeprefix('error: ')}; trying again in {OUTAGE_S:.0f} s")
+        supervisor.start_after = time.monotonic() + OUTAGE_S
+    elif code not in (0, -signal.SIGTERM):  # asked to leave before it could listen, a child ends by the signal itself
         book_crash(supervisor, child, code)
     return code
 
@@ -388,6 +393,17 @@ class Display:
             print(line_of(status))
 
 
+def worker_lines(lake: Path) -> list[str]:
+    """What each living streamer says of its last shard."""
+    lines = []
+    for path in sorted((lake / "heartbeats").glob("stream-*.json")):
+        beat = read_heartbeat(path)
+        if "clips_per_s" in beat and psutil.pid_exists(beat["pid"]):
+            shares = ", ".join(f"{beat[name]:.0%} {name}" for name in ACTIVITIES if name in beat)
+            lines.append(f"streamer    {beat['pid']}: {beat['clips']} clips, {beat['clips_per_s']:.0f}/s; {shares}")
+    return lines
+
+
 def show_status(config: Config) -> int:
     """`status`: the table of a lake, whether or not it is running. Exit code 1 if no supervisor runs it."""
     lake = Lake.open(config.lake)
@@ -401,6 +417,8 @@ def show_status(config: Config) -> int:
     totals = lake.totals()
     skips = [f"{n} {k.removeprefix('skipped: ')}" for k, n in totals.items() if k.startswith("skipped: ")]
     print(f"recordings  {totals['recordings']} read; skipped: {', '.join(skips) or 'none'}")
+    for line in worker_lines(config.lake):
+        print(line)
     if is_running and status:
         print(f"now         {line_of(status)}")
         print(f"history     full {status['times_full']} times, started again {status['times_restarted']} times")

@@ -19,7 +19,7 @@ CLIP_SAMPLES = 32_000  # 2 s: the only length that HeAR takes
 MIN_RATE_HZ, MAX_RATE_HZ = 4_000, 384_000  # a header is not to be trusted: at 1 Hz, 300 kB become gigabytes
 MAX_LEVEL = 1e6  # of full scale; a float WAV may hold anything, and sums of 1e38 are infinite
 MAX_HOURS = 24  # of one recording; a FLAC of silence of 512 MiB is weeks long
-BLOCK_VALUES = 1 << 20  # decoding unit over all channels, of which there may be 1,024; 4 MiB of float32
+BLOCK_VALUES = 1 << 16  # decoded at a time, over all channels; libsndfile writes zeros where a block is too long
 
 
 class DecodeError(Exception):
@@ -64,7 +64,8 @@ def downmix(frames: np.ndarray) -> np.ndarray:
 
 def to_int16(samples: np.ndarray) -> np.ndarray:
     """Float in [-1, 1) to int16, rounded; louder samples are clipped. What was 16 bits before comes back unchanged."""
-    return np.clip(np.rint(samples * 32768.0), -32768, 32767).astype(np.int16)
+    scaled = samples * 32768.0
+    return np.clip(np.rint(scaled, out=scaled), -32768, 32767, out=scaled).astype(np.int16)
 
 
 class _ForwardFile(soundfile.SoundFile):

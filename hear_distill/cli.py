@@ -28,7 +28,7 @@ def run(
     actions: Mapping[str, Action[C]] | None = None,
     check: Action[C] | None = None,
 ) -> NoReturn:
-    """Parse `sys.argv`, run the stage, exit: 0 done, 1 the stage failed, 2 the user can put it right.
+    """Parse `sys.argv`, run the stage, exit: 0 done, 1 failed, 2 the user can put it right, 75 try again later.
 
     Args:
         presets: configurations by first word; the first of them is the bare command's.
@@ -48,7 +48,7 @@ def run(
     except UserError as e:
         lines = (" ".join(line.split()) for line in str(e).splitlines())
         print("error: " + "; ".join(filter(None, lines)), file=sys.stderr)
-        sys.exit(2)
+        sys.exit(e.exit_code)
 
 
 def parse(

@@ -19,8 +19,10 @@ MIB = 2**20
 class UserError(Exception):
     """Something the user can put right. The message says what was found, what was expected and the next command.
 
-    Every stage prints it as it is, without a traceback, and exits with 2.
+    Every stage prints it as it is, without a traceback, and exits with `exit_code`.
     """
+
+    exit_code = 2
 
 
 # Each name stands between two durable operations. `HEAR_CRASH_AT=<name>` kills the process there, as a power cut would

@@ -14,15 +14,18 @@ state is one transaction; a file operation stands before or after it so that a k
 
 import fcntl
 import hashlib
+import json
 import os
 import sqlite3
 import sys
+import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from hear_distill.files import UserError, crash_point, fsync_folder, make_folder
 from hear_distill.locks import is_locked
@@ -53,19 +56,26 @@ class Lake:
     @classmethod
     def open(cls, root: Path) -> "Lake":
         """An existing lake. Raises UserError if there is none."""
-        lake = cls(root) if (root / "ledger.sqlite").exists() else None
-        if lake is None or not lake.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'totals'").fetchone():
+        lake = cls.find(root)
+        if lake is None:
             raise UserError(f"no lake at {root}; to make one: python datalake/run_lake.py --source DIR --lake {root}")
         return lake
 
     @classmethod
-    def create(cls, root: Path, identity: Identity, tars: Mapping[str, int], **limits: int) -> "Lake":
+    def find(cls, root: Path) -> "Lake | None":
+        """The lake at `root`, or None if there is none yet."""
+        lake = cls(root) if (root / "ledger.sqlite").exists() else None
+        is_made = lake and lake.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'totals'").fetchone()
+        return lake if is_made else None
+
+    @classmethod
+    def create(cls, root: Path, identity: Identity, tars: Mapping[str, int], **limits: int | str) -> "Lake":
         """Make the lake, or join it if it is there and is the same one.
 
         Args:
             tars: length in bytes by name, of the whole source; this node takes its part of the permutation.
             limits: what may change from run to run: `cap_bytes` of `used_bytes`, `reservation_bytes` of one shard with
-                all its parts, and `max_workers`, the streamers that may run side by side.
+                all its parts, `max_workers`, the streamers that may run side by side, and `keep`, what they keep.
         """
         for folder in ("shards", "val", "owners", "quarantine"):
             make_folder(root / folder)
@@ -157,7 +167,8 @@ class Lake:
                 self.db.execute(
                     "UPDATE tars SET owner = ?, state = 'open' WHERE position = ?", (owner, row["position"])
                 )
-        return [Cursor(r["position"], r["name"], r["num_bytes"], r["offset"], r["next_clip"]) for r in rows]
+        fields = ("position", "name", "num_bytes", "offset", "next_clip", "keys")
+        return [Cursor(**{name: row[name] for name in fields}) for row in rows]
 
     def free_tars(self, owner: str) -> None:
         """Give all cursors of `owner` back, where they stood at its last finished shard."""
@@ -185,17 +196,17 @@ class Lake:
         cursors: Sequence[Cursor],
         counts: Counter[str],
         anchor_groups: Iterable[str] = (),
+        statistics: Mapping[str, Any] | None = None,
     ) -> None:
         """Finish a shard whose parts are written as .tar.part: make them durable, name them, and move the cursors.
 
         Clips and cursors change in one transaction, so each clip of the source is in exactly one finished shard. An
         empty list of parts is allowed: recordings that gave no clip have been read all the same. `anchor_groups` are
-        the recordings and videos that must never be trained on, here or later.
+        the recordings and videos that must never be trained on, here or later. `statistics` (JSON) outlive the shard.
         """
         crash_point("shard-written")
         for part in parts:
             _fsync_file(self.path(shard_id, part.split, ".tar.part"))
-        self._fsync_folders()
         crash_point("shard-synced")
         for i, part in enumerate(sorted(parts, key=lambda part: part.split == TRAIN)):
             if i == 1:
@@ -216,11 +227,14 @@ class Lake:
                 )
             for cursor in cursors:
                 self.db.execute(
-                    "UPDATE tars SET offset = ?, next_clip = ?, state = ?, problem = ? WHERE position = ?",
-                    (cursor.offset, cursor.next_clip, cursor.state, cursor.problem, cursor.position),
+                    "UPDATE tars SET offset = ?, next_clip = ?, state = ?, problem = ?, keys = ? WHERE position = ?",
+                    (cursor.offset, cursor.next_clip, cursor.state, cursor.problem, cursor.keys, cursor.position),
                 )
             groups = [(group.encode(errors="surrogatepass").hex(),) for group in anchor_groups]
             self.db.executemany("INSERT OR IGNORE INTO anchor_groups VALUES (?)", groups)
+            if statistics:
+                row = (shard_id, time.time(), json.dumps(statistics))
+                self.db.execute("INSERT INTO statistics VALUES (?, ?, ?)", row)
             for name, count in (counts + Counter({"cut": sum(part.num_clips for part in parts)})).items():
                 self._add(name, count)
         crash_point("shard-ready")
@@ -389,6 +403,11 @@ class Lake:
             " ON CONFLICT (name) DO UPDATE SET value = value + excluded.value RETURNING value",
             (name, count),
         ).fetchone()["value"]
+
+    def statistics(self, num_shards: int) -> list[dict[str, Any]]:
+        """What was noted of the newest shards, oldest first, with `id` and `time` (unix seconds)."""
+        rows = self.db.execute("SELECT * FROM statistics ORDER BY id DESC LIMIT ?", (num_shards,)).fetchall()
+        return [{"id": row["id"], "time": row["time"], **json.loads(row["content"])} for row in reversed(rows)]
 
     def totals(self) -> Counter[str]:
         """Everything that is only counted: clips cut and trained, recordings, skips by reason."""

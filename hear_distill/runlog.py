@@ -106,6 +106,10 @@ def read_heartbeat(path: Path) -> dict[str, Any]:
         return {}
 
 
+class Stopped(Exception):
+    """This process was asked to leave. Raised where a wait or a long computation must not go on."""
+
+
 class StopRequest:
     """True once SIGTERM or SIGINT arrived, or once the supervisor's pipe closed: finish what is in hand, then leave.
 
@@ -121,6 +125,11 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.is_set
+
+    def look(self) -> None:
+        """Raise Stopped if asked to stop."""
+        if self.is_set:
+            raise Stopped
 
     def wait(self, seconds: float) -> None:
         """Sleep, but not on when asked to stop."""

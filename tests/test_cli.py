@@ -26,6 +26,7 @@ FLAGS = {
     STREAMER: {
         *("source", "lake", "cap-gb", "shard-clips", "open-tars"),
         *("val-fraction", "val-clips", "max-workers", "seed"),
+        *("min-rms-db", "keep-short", "caption-weight"),
     },
     SUPERVISOR: {
         *("lake", "source", "out", "cap-gb", "disk-floor-gb"),
@@ -248,7 +249,7 @@ def stage(tmp_path, monkeypatch):
 
 def flags_in(text: str) -> dict[str, str]:
     """What --help says of each flag; a long one has its text on the next line."""
-    return dict(re.findall(r"│ --([a-z][a-z.-]*) (?:\S+|\[.*?\]\])(?: *│\n│)? +(\S.*?) +│", text))
+    return dict(re.findall(r"│ --([a-z][a-z.-]*) (?:\S+|\[.*?\]\])?(?: *│\n│)? +(\S.*?) +│", text))
 
 
 @pytest.mark.parametrize("script", FLAGS)

@@ -22,7 +22,7 @@ import soundfile
 from lake_tools import environment, members_of, noise, tar_of
 
 from hear_distill.audio import DecodeError, clips_in, decode_blocks
-from hear_distill.sources import Tar, TarBroken, read_recordings
+from hear_distill.tars import Tar, TarBroken, read_recordings
 
 HERE = Path(__file__)
 BATCH = 100

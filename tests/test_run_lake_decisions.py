@@ -132,6 +132,28 @@ def test_a_streamer_that_was_asked_to_leave_while_it_was_starting_has_not_crashe
     assert supervisor.workers == [] and not supervisor.crashes
 
 
+def test_a_source_that_cannot_be_reached_is_tried_again_later_however_often(stage, supervisor, capsys):
+    for _ in range(3 * stage.CRASHES_PER_HOUR):
+        supervisor.workers = [supervisor.child("stream-0", code=75)]
+        supervisor.start_after = 0.0
+        assert stage.control(supervisor)
+        assert supervisor.start_after - time.monotonic() == pytest.approx(stage.OUTAGE_S, abs=1)
+    assert supervisor.started == [] and not supervisor.crashes
+    assert "stream-0: last words; trying again in 300 s" in capsys.readouterr().out
+
+
+def test_the_status_tells_what_each_living_streamer_spends_its_time_on(stage, supervisor):
+    beats = supervisor.lake.root / "heartbeats"
+    speed = {"clips_per_s": 312.4, "reading": 0.04, "decoding": 0.88, "writing": 0.08}
+    Heartbeat(beats / "stream-1.json", "stream").beat(5, clips=7_000, **speed)
+    Heartbeat(beats / "stream-2.json", "stream").beat(5, clips=0)  # has not finished a shard yet
+    dead = Heartbeat(beats / "stream-3.json", "stream")
+    dead.fixed["pid"] = 2**22 + 1  # above the kernel's largest
+    dead.beat(5, clips=1, **speed)
+    (line,) = stage.worker_lines(supervisor.lake.root)
+    assert line.endswith("7000 clips, 312/s; 4% reading, 88% decoding, 8% writing")
+
+
 def test_a_child_that_makes_no_progress_is_killed_and_one_that_does_is_not(stage, supervisor, monkeypatch):
     monkeypatch.setattr(stage, "HANG_S", 0.3)
     supervisor.trainer, slow = supervisor.child("train"), supervisor.child("stream-0")

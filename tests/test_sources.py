@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import pytest
 from lake_tools import members_of, tar_of, write_tar
 
-from hear_distill import sources
+from hear_distill import tars
 from hear_distill.files import UserError
-from hear_distill.sources import FolderSource, Recording, Tar, TarBroken, read_recordings
+from hear_distill.sources import FolderSource
+from hear_distill.tars import Recording, Tar, TarBroken, read_recordings
 
 LONG = "a folder whose name is longer than the hundred bytes that a plain header has room for, " * 2
 
@@ -101,7 +102,7 @@ def test_unusable_metadata_is_a_problem_of_its_own_recording_only(metadata, prob
 
 
 def test_an_oversized_member_is_not_read_and_harms_no_other(monkeypatch):
-    monkeypatch.setattr(sources, "MAX_MEMBER_BYTES", 1_000)
+    monkeypatch.setattr(tars, "MAX_MEMBER_BYTES", 1_000)
     content = tar_of([("a.mp3", bytes(1_000)), ("b.mp3", bytes(1_001)), ("b.json", b'{"n": 1}'), ("c.mp3", b"C")])
     assert [(r.key, len(r.audio), r.problem) for r in read(content)] == [
         ("a", 1_000, None),

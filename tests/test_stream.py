@@ -182,6 +182,54 @@ def test_nobody_cuts_train_clips_while_the_anchor_is_being_cut(source, expected,
     assert_in_order(tmp_path / "lake")
 
 
+def test_recordings_longer_than_a_shard_take_turns(tmp_path):
+    for i in range(4):
+        write_tar(tmp_path / "source" / f"{i}.tar", members_of(f"long-{i}", encoded(noise(16_000 * 60, i))))
+    assert stream(tmp_path / "source", tmp_path / "lake", *ALL_TRAIN, "--open-tars", 4).returncode == 0
+    shards = list(clips_by_shard(tmp_path / "lake").values())
+    assert len(shards) == 4 * 30 / 8
+    for clips in shards[:8]:
+        assert len({clip.info["key"] for clip in clips}) > 1, "a draw takes a fourth of a shard"
+
+
+# ---- what to keep ----
+
+
+def test_what_a_shard_holds_is_told_in_the_ledger_for_ever(streamed):
+    lake = Lake.open(streamed)
+    told = {row["id"]: row for row in lake.statistics(1_000)}
+    found = defaultdict(list)
+    for clip in clips_on_disk(streamed):
+        found[int(clip.shard[:8])].append(clip)
+    assert sum(row["clips"] for row in told.values()) == lake.books().cut
+    assert len(found) > 10
+    for shard_id, clips in found.items():
+        assert told[shard_id]["clips"] == len(clips)
+        assert told[shard_id]["tars"] == Counter(clip.info["tar"] for clip in clips)
+        assert sum(told[shard_id]["levels_db"]) == len(clips)
+    assert sum(row["recordings"] for row in told.values()) == lake.totals()["recordings"] == 6 * 8 + 5
+    assert [row["id"] for row in lake.statistics(3)] == sorted(told)[-3:]
+
+
+def test_what_is_kept_can_be_chosen_and_is_counted(tmp_path):
+    silence = np.concatenate([noise(32_000, 1), np.zeros(32_000, np.int16)])
+    members = members_of("half-silent", encoded(silence)) + members_of("cough", encoded(noise(8_000, 2)))
+    members += [m for i in range(20) for m in members_of(f"music-{i}", encoded(noise(32_000, 3, i)))]
+    write_tar(tmp_path / "source" / "a.tar", members)
+    flags = ("--min-rms-db", -60, "--keep-short", "--caption-weight", "music=0.5", "^sound=1")
+    worker = stream(tmp_path / "source", tmp_path / "lake", *ALL_TRAIN, *flags)
+    assert worker.returncode == 0, worker.stderr
+    kept = Counter(clip.info["key"][:5] for clip in clips_on_disk(tmp_path / "lake"))
+    totals = assert_in_order(tmp_path / "lake").totals()
+    assert (kept["half-"], kept["cough"], totals["skipped: silent clips"]) == (1, 1, 1)
+    assert 0 < kept["music"] < 20 and kept["music"] + totals["skipped: thinned"] == 20
+    assert f"{totals['skipped: thinned']} thinned" in worker.stdout
+
+    again = stream(tmp_path / "source", tmp_path / "lake", *ALL_TRAIN)
+    assert again.returncode == 0
+    assert "WARNING: keep of" in again.stderr, "a lake whose mixture changes says so"
+
+
 # ---- stopping and going on ----
 
 
@@ -271,7 +319,7 @@ def test_what_cannot_be_read_is_counted_by_reason_and_nothing_else_is_lost(tmp_p
     lake = assert_in_order(tmp_path / "lake")
     skipped = {name.removeprefix("skipped: "): count for name, count in lake.totals().items() if "skipped" in name}
     assert skipped == {
-        **{"undecodable": 2, "empty": 1, "not finite": 1, "shorter than a clip": 1},
+        **{"undecodable": 2, "empty": 1, "not finite": 1, "too short": 1},
         **{"no audio member": 1, "bad JSON": 1},
     }
     assert (lake.totals()["recordings"], lake.totals()["broken tars"]) == (12, 3)
@@ -296,9 +344,20 @@ def test_a_source_that_is_mostly_unreadable_stops_the_worker(tmp_path, flags, nu
         assert (worker.returncode, lake.tar_states()) == (0, {"done": 1})
     else:
         assert worker.returncode == 2
-        assert worker.stderr.startswith("error: 101 of the first 101 recordings")
+        assert worker.stderr.startswith("error: only 0 of the first 101 recordings")
         assert len(worker.stderr.splitlines()) == 1
         assert (lake.tar_states()["free"], lake.used_bytes(), lake.totals()["recordings"]) == (1, 0, 0)
+
+
+def test_a_source_of_which_no_tar_can_be_read_stops_the_worker(tmp_path):
+    (tmp_path / "source").mkdir()
+    for i in range(12):
+        (tmp_path / "source" / f"{i}.tar").write_bytes(b"<html>404</html>" * 99)
+    worker = stream(tmp_path / "source", tmp_path / "lake", *ALL_TRAIN)
+    assert worker.returncode == 2
+    assert worker.stderr.splitlines()[-1].startswith("error: none of the first 10 tars of")
+    lake = assert_in_order(tmp_path / "lake")
+    assert (lake.tar_states()["free"], lake.used_bytes()) == (12, 0)
 
 
 # ---- refusals ----
@@ -314,6 +373,8 @@ def test_a_source_that_is_mostly_unreadable_stops_the_worker(tmp_path, flags, nu
         ("good", ("--shard-clips", 0), "--shard-clips"),
         ("good", ("--val-fraction", 1), "--val-fraction"),
         ("good", ("--cap-gb", 0.001), "--cap-gb"),
+        ("good", ("--caption-weight", "cough"), "--caption-weight 'cough' is not PATTERN=W"),
+        ("good", ("--min-rms-db", "loud"), "loud"),
     ],
 )
 def test_what_the_user_can_put_right_is_one_line_and_leaves_no_lake(tmp_path, folder, flags, problem):
