@@ -5,12 +5,23 @@ out:  Batch(samples [B, 32000] int16, ids); coverage: a bit per clip, for the ch
 
 Each batch is drawn without replacement from the unread clips of several open shards. The draw depends on the seed, the
 number of the batch and what is open, so a trainer that resumes from a checkpoint draws what it would have drawn.
+
+One thread reads ahead, so that a step waits neither for a hash nor for a disk. It leases, checks, draws and reads, with
+a connection to the ledger of its own: from what a batch is drawn depends on which shards passed their check, so the
+four belong together. The account belongs to the caller's thread alone. A shard enters it together with the first batch
+that was drawn while it was open; until then no checkpoint knows of it, and a resumed run leases it anew. So it makes no
+difference to any draw, or to any checkpoint, how far ahead the thread is.
+
+B clips in a batch
 """
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +32,8 @@ from hear_distill.lake import Lake
 from hear_distill.locks import Owner
 from hear_distill.schema import RECENT, Shard
 from hear_distill.shards import ShardBroken, read_clips, verify_shard
+
+AHEAD_CLIPS = 1_024  # hides the check of a shard of 1,000 clips, 0.1 s at most, from a GPU that takes 6,000 clips/s
 
 
 @dataclass(frozen=True)
@@ -33,51 +46,164 @@ class Batch:
     """(shard, clip) of each row"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """What is drawn and how."""
+
+    run: str
+    """training history that the leases belong to"""
+    seed: int
+    num_open: int
+    """shards that a batch is drawn from; more, if these hold too little"""
+    batch_size: int
+    ahead_clips: int = AHEAD_CLIPS
+    """clips that are read before they are asked for, rounded up to whole batches; 0 reads when asked"""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What the thread hands over: a batch, or none, and the shards that it opened for it."""
+
+    samples: np.ndarray
+    """[B, 32000] int16, not filled if there is no batch"""
+    ids: list[tuple[int, int]]
+    """(shard, clip) of each row; empty if the open shards hold too little and no other is ready"""
+    opened: list[Shard]
+
+
+def trained_clips(shard: Shard) -> np.ndarray:
+    """[clips] bool: what the ledger says was trained on when the shard was leased."""
+    bits = np.unpackbits(np.frombuffer(shard.covered, np.uint8), bitorder="little")[: shard.num_clips].astype(bool)
+    return np.pad(bits, (0, shard.num_clips - len(bits)))
+
+
 class OpenShard:
-    """A leased shard: its file while clips are unread, and two bits per clip, handed out and trained on."""
+    """The thread's side of a leased shard: its file, while it holds clips that are in no batch yet."""
 
     def __init__(self, shard: Shard) -> None:
-        self.shard = shard
-        bits = np.unpackbits(np.frombuffer(shard.covered, np.uint8), bitorder="little")[: shard.num_clips].astype(bool)
-        self.is_trained = np.zeros(shard.num_clips, bool)
-        self.is_trained[: len(bits)] = bits
-        self.is_read = self.is_trained.copy()
+        self.is_drawn = trained_clips(shard)
         self.fd = os.open(shard.path, os.O_RDONLY)
 
-    def unread(self) -> np.ndarray:
-        """Indices of the clips that no batch has held yet, ascending."""
-        return np.flatnonzero(~self.is_read)
+    def read(self, clips: Sequence[int], out: np.ndarray) -> None:
+        """Clips that no batch has held -> `out` [len(clips), 32000] int16."""
+        read_clips(self.fd, clips, out)
+        self.is_drawn[clips] = True
 
-    def hand_out(self, clips: Sequence[int]) -> None:
-        """Note that a batch holds these clips; after the last unread one the file is given back."""
-        self.is_read[clips] = True
-        if self.is_read.all():
-            self.close()
+
+class Drawer:
+    """Leases, checks, draws and reads. Made, used and closed in the one thread that its connection belongs to."""
+
+    def __init__(self, root: Path, owner: str, drawing: Drawing, num_drawn: int) -> None:
+        self.lake, self.owner, self.drawing, self.num_drawn = Lake.open(root), owner, drawing, num_drawn
+        self.shards: dict[int, OpenShard] = {}  # with clips to draw, in the order of their leases
+        self.opened: list[Shard] = []  # that no Draw has told of yet
+
+    def draw(self, samples: np.ndarray) -> Draw:
+        """Fill `samples` [B, 32000] int16 with the next batch, if there is one."""
+        self._lease_more()
+        ids = self._read_batch(samples) if self._num_undrawn() >= self.drawing.batch_size else []
+        opened, self.opened = self.opened, []
+        return Draw(samples, ids, opened)
+
+    def _num_undrawn(self) -> int:
+        return sum(int((~shard.is_drawn).sum()) for shard in self.shards.values())
+
+    def _lease_more(self) -> None:
+        """Lease ready shards until `num_open` have undrawn clips, and these are enough for a batch."""
+        while len(self.shards) < self.drawing.num_open or self._num_undrawn() < self.drawing.batch_size:
+            shard = self.lake.lease(self.owner, self.drawing.run)
+            if shard is None:
+                return
+            if self.open(shard):
+                self.opened.append(shard)
+
+    def open(self, shard: Shard) -> bool:
+        """Check a shard against its hash, once per lease, then open it; what fails is quarantined and counted.
+
+        Returns whether it is what the ledger says.
+        """
+        try:
+            verify_shard(shard.path, shard.num_clips, shard.sha256)
+        except ShardBroken as e:
+            print(f"WARNING: shard {shard.id} is quarantined: {e}", file=sys.stderr)
+            self.lake.quarantine(shard.id, shard.split, str(e))
+            return False
+        self.shards[shard.id] = OpenShard(shard)
+        self._close_drawn()
+        return True
+
+    def _read_batch(self, samples: np.ndarray) -> list[tuple[int, int]]:
+        """Draw from all undrawn clips alike; the rows are in the order of the leases, then of the clips."""
+        undrawn = {shard_id: np.flatnonzero(~shard.is_drawn) for shard_id, shard in self.shards.items()}
+        ends = np.cumsum([len(clips) for clips in undrawn.values()])
+        rng = np.random.default_rng([self.drawing.seed, self.num_drawn])
+        drawn = np.sort(rng.choice(ends[-1], len(samples), replace=False))  # positions in all undrawn clips, end to end
+        ids: list[tuple[int, int]] = []
+        for (shard_id, clips), end in zip(undrawn.items(), ends, strict=True):
+            chosen = clips[drawn[(drawn >= end - len(clips)) & (drawn < end)] - (end - len(clips))].tolist()
+            self.shards[shard_id].read(chosen, samples[len(ids) : len(ids) + len(chosen)])
+            ids += [(shard_id, clip) for clip in chosen]
+        self.num_drawn += 1
+        self._close_drawn()
+        return ids
+
+    def _close_drawn(self) -> None:
+        """Give the files back that hold nothing more to draw."""
+        for shard_id in [shard_id for shard_id, shard in self.shards.items() if shard.is_drawn.all()]:
+            os.close(self.shards.pop(shard_id).fd)
+
+    def close(self) -> None:
+        """Give all files and the connection back; the leases stay."""
+        for shard in self.shards.values():
+            os.close(shard.fd)
+        self.lake.close()
+
+
+class Account:
+    """The caller's side of a leased shard, kept until the ledger has retired it: two bits per clip."""
+
+    def __init__(self, shard: Shard) -> None:
+        self.is_trained = trained_clips(shard)
+        self.is_read = self.is_trained.copy()
+        """a batch with the clip was handed out"""
 
     def coverage(self) -> bytes:
         """`is_trained`, a bit per clip, least significant first."""
         return np.packbits(self.is_trained, bitorder="little").tobytes()
 
-    def close(self) -> None:
-        """Give the file back; the account stays until the ledger has retired the shard."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+
+def ordinary_memory(shape: tuple[int, int]) -> np.ndarray:
+    """[B, 32000] int16, not filled."""
+    return np.empty(shape, np.int16)
 
 
 class LakeReader:
-    """Draws batches across several open shards of one lake, each clip once."""
+    """Batches across several open shards of one lake, each clip once, read ahead by a thread of its own."""
 
     def __init__(
-        self, lake: Lake, owner: Owner, *, run: str, seed: int, num_open: int, state: Mapping[str, Any] | None = None
+        self,
+        lake: Lake,
+        owner: Owner,
+        drawing: Drawing,
+        state: Mapping[str, Any] | None = None,
+        allocate: Callable[[tuple[int, int]], np.ndarray] = ordinary_memory,
     ) -> None:
-        """`state` is what `state()` returned when the surviving checkpoint was made; None begins a new history."""
-        self.lake, self.owner, self.run, self.seed, self.num_open = lake, owner, run, seed, num_open
+        """`state` is what `state()` returned when the surviving checkpoint was made; None begins a new history.
+
+        `allocate` gives a buffer [B, 32000] int16; a few batches live in memory, each buffer is used again and again.
+        """
+        self.lake, self.owner = lake, owner
         state = state or {"num_batches": 0, "coverage": {}}
         self.num_batches: int = state["num_batches"]
-        self.shards: dict[int, OpenShard] = {}  # leased and not yet retired, in the order of their leases
-        for shard in lake.begin_run(owner.id, run, state["coverage"]):
-            self._open(shard)
+        num_buffers = 1 + -(-drawing.ahead_clips // drawing.batch_size)
+        self.free = [allocate((drawing.batch_size, CLIP_SAMPLES)) for _ in range(num_buffers)]
+        self.ahead: deque[Future[Draw]] = deque()
+        self.is_starved = self.is_closed = False
+        leased = lake.begin_run(owner.id, drawing.run, state["coverage"])
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader")
+        self.drawer = self.thread.submit(Drawer, lake.root, owner.id, drawing, self.num_batches).result()
+        # Shards that are leased and not yet retired, in the order of their leases.
+        self.accounts = {s.id: Account(s) for s in leased if self.thread.submit(self.drawer.open, s).result()}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold to go on from here: plain numbers and bytes."""
@@ -85,77 +211,68 @@ class LakeReader:
 
     def coverage(self) -> dict[int, bytes]:
         """Trained clips of every shard that is not retired yet, in the order of the leases."""
-        return {shard_id: shard.coverage() for shard_id, shard in self.shards.items()}
+        return {shard_id: account.coverage() for shard_id, account in self.accounts.items()}
 
-    def next_batch(self, batch_size: int) -> Batch | None:
-        """`batch_size` clips; None if the open shards hold fewer and no other is ready now."""
-        self._open_more(batch_size)
-        unread = {shard_id: shard.unread() for shard_id, shard in self.shards.items() if shard.fd >= 0}
-        ends = np.cumsum([len(clips) for clips in unread.values()])
-        if not unread or ends[-1] < batch_size:
-            return None
-        rng = np.random.default_rng([self.seed, self.num_batches])
-        drawn = np.sort(rng.choice(ends[-1], batch_size, replace=False))  # positions in all unread clips, end to end
-        samples = np.empty((batch_size, CLIP_SAMPLES), np.int16)  # [B, 32000]
-        ids: list[tuple[int, int]] = []
-        for (shard_id, clips), end in zip(unread.items(), ends, strict=True):
-            chosen = clips[drawn[(drawn >= end - len(clips)) & (drawn < end)] - (end - len(clips))].tolist()
-            read_clips(self.shards[shard_id].fd, chosen, samples[len(ids) : len(ids) + len(chosen)])
-            self.shards[shard_id].hand_out(chosen)
-            ids += [(shard_id, clip) for clip in chosen]
-        self.num_batches += 1
-        return Batch(samples, ids)
+    def next_batch(self) -> Batch | None:
+        """The next batch, or None if the open shards hold too little for one and no other is ready now.
 
-    def _open_more(self, batch_size: int) -> None:
-        """Lease ready shards until `num_open` have unread clips, and these are enough for a batch."""
-        while sum(shard.fd >= 0 for shard in self.shards.values()) < self.num_open or self.num_unread() < batch_size:
-            shard = self.lake.lease(self.owner.id, self.run)
-            if shard is None:
-                return
-            self._open(shard)
-
-    def _open(self, shard: Shard) -> None:
-        """Check a shard against its hash, once per lease, then open it; what fails is quarantined and counted."""
-        try:
-            verify_shard(shard.path, shard.num_clips, shard.sha256)
-        except ShardBroken as e:
-            print(f"WARNING: shard {shard.id} is quarantined: {e}", file=sys.stderr)
-            self.lake.quarantine(shard.id, shard.split, str(e))
-            return
-        opened = self.shards[shard.id] = OpenShard(shard)
-        opened.hand_out([])
+        Its samples stay as they are until the next call: then their buffer is filled anew. An error of the thread is
+        raised here, and again by every later call. After None the thread rests, so nothing that arrives between None
+        and a look at `is_drained` is leased unseen; the next call tries once more.
+        """
+        for _ in range(1 if self.is_starved else len(self.free)):
+            self.ahead.append(self.thread.submit(self.drawer.draw, self.free.pop()))
+        while self.ahead:
+            draw = self.ahead[0].result()
+            self.ahead.popleft()
+            self.free.append(draw.samples)
+            self.accounts |= {shard.id: Account(shard) for shard in draw.opened}
+            self.is_starved = not draw.ids
+            if draw.ids:
+                for shard_id, clip in draw.ids:
+                    self.accounts[shard_id].is_read[clip] = True
+                self.num_batches += 1
+                return Batch(draw.samples, draw.ids)
+        return None
 
     def mark_trained(self, ids: Sequence[tuple[int, int]]) -> None:
         """These clips were part of an optimiser step."""
         for shard_id, clip in ids:
-            self.shards[shard_id].is_trained[clip] = True
+            self.accounts[shard_id].is_trained[clip] = True
 
     def record_checkpoint(self) -> None:
         """Tell the ledger that a checkpoint with the present coverage is durable, and let go of what it retired."""
         for shard_id in self.lake.record_checkpoint(self.owner.id, self.coverage()):
-            if shard_id in self.shards:
-                self.shards.pop(shard_id).close()
+            del self.accounts[shard_id]
 
     def report(self) -> None:
         """Let the supervisor see how far the open shards are read."""
-        self.lake.report_read({shard_id: int(shard.is_read.sum()) for shard_id, shard in self.shards.items()})
+        self.lake.report_read({shard_id: int(account.is_read.sum()) for shard_id, account in self.accounts.items()})
 
     def holds_trained_shards(self) -> bool:
         """Whether checkpoints would free room in the lake."""
-        return any(shard.is_trained.all() for shard in self.shards.values())
+        return any(account.is_trained.all() for account in self.accounts.values())
 
     def num_unread(self) -> int:
         """Clips of open shards that no batch has held: fewer than a batch when the source is drained."""
-        return sum(int((~shard.is_read).sum()) for shard in self.shards.values())
+        return sum(int((~account.is_read).sum()) for account in self.accounts.values())
 
     def is_drained(self) -> bool:
-        """Whether no shard can be leased any more, now or later."""
+        """Whether no shard can be leased any more, now or later; meant for the moment after a batch that was None."""
         return self.lake.is_drained()
 
     def close(self) -> None:
-        """Leave in good order: what the newest checkpoint does not cover is ready for the next trainer."""
-        for shard in self.shards.values():
-            shard.close()
+        """Leave in good order: what the newest checkpoint does not cover is ready for the next trainer.
+
+        What was read ahead is dropped, the thread ends, and only then the leases go back.
+        """
+        if self.is_closed:
+            return
+        self.is_closed = True
+        for future in self.ahead:
+            future.cancel()
+        self.thread.submit(self.drawer.close).result()
+        self.thread.shutdown()
         self.lake.release(self.owner.id)
 
 

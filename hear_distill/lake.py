@@ -303,14 +303,13 @@ class Lake:
         """Book a checkpoint that is durable and was read back. Returns the train shards that are gone with it.
 
         A shard goes when the second-newest checkpoint covers it: should the newest turn out damaged, the one before
-        still accounts for every clip.
+        still accounts for every clip. Leases that `coverage` does not name stay as they are: the trainer reads ahead.
         """
         with self.transaction():
-            rows = self.db.execute(
-                "SELECT id, num_clips, num_covered FROM shards WHERE state = 'leased' AND owner = ?", (owner,)
-            ).fetchall()
+            leased = "SELECT id, num_clips, num_covered FROM shards WHERE state = 'leased' AND owner = ?"
+            rows = [row for row in self.db.execute(leased, (owner,)).fetchall() if row["id"] in coverage]
             for row in rows:
-                self._set_coverage(row["id"], coverage.get(row["id"]))
+                self._set_coverage(row["id"], coverage[row["id"]])
             covered_twice = [row["id"] for row in rows if row["num_covered"] == row["num_clips"]]
             self.db.executemany(
                 "UPDATE shards SET state = 'retiring' WHERE id = ? AND split = 'train'", [(i,) for i in covered_twice]

@@ -26,7 +26,7 @@ import numpy as np
 import soundfile
 from reference.chunker import Clips
 
-from hear_distill.data import LakeReader
+from hear_distill.data import Drawing, LakeReader
 from hear_distill.files import write_json
 from hear_distill.lake import Lake
 from hear_distill.locks import Owner
@@ -235,26 +235,28 @@ def play_trainer(root: Path, out: Path, batch_size: int) -> None:
     is the one before it, taken up if latest.json is damaged.
     """
     lake, owner, saved = Lake.open(root), Owner(root, "train"), newest_checkpoint(out)
-    reader = LakeReader(lake, owner, run="toy", seed=3, num_open=3, state=saved and saved["reader"])
-    history = saved["history"] if saved else []
+    history, state = (saved["history"], saved["reader"]) if saved else ([], None)
 
-    def save() -> None:
+    def save(reader: LakeReader) -> None:
         if (last := read_checkpoint(out / "latest.json")) is not None:
             write_checkpoint(out / "previous.json", last)
         write_checkpoint(out / "latest.json", {"history": history, "reader": reader.state()})
         reader.record_checkpoint()
 
-    while not (reader.is_drained() and reader.num_unread() == 0):
-        batch = reader.next_batch(batch_size) or reader.next_batch(1)
-        if batch is None:
-            time.sleep(0.02)
-            continue
-        reader.mark_trained(batch.ids)
-        history += [hash_of(samples.tobytes()) for samples in batch.samples]
-        if reader.num_batches % 2 == 0:
-            save()
-    for _ in range(2):
-        save()
+    for size in (batch_size, 1):  # then the remainder
+        reader = LakeReader(lake, owner, Drawing(run="toy", seed=3, num_open=3, batch_size=size), state)
+        while (batch := reader.next_batch()) is not None or not reader.is_drained():
+            if batch is None:
+                time.sleep(0.02)
+                continue
+            reader.mark_trained(batch.ids)
+            history += [hash_of(samples.tobytes()) for samples in batch.samples]
+            if reader.num_batches % 2 == 0:
+                save(reader)
+        for _ in range(2):
+            save(reader)
+        state = reader.state()
+        reader.close()
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
