@@ -15,20 +15,17 @@ state is one transaction; a file operation stands before or after it so that a k
 import fcntl
 import hashlib
 import os
-import sqlite3
 import sys
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from hear_distill.files import UserError, crash_point, fsync_folder
-from hear_distill.locks import is_locked
-from hear_distill.schema import ANCHOR, RECENT, SCHEMA, TRAIN, Books, Cursor, Identity, Part, Shard
-
-LOCK_WAIT_S = 60.0
+from hear_distill.ledger import Ledger
+from hear_distill.schema import ANCHOR, RECENT, SCHEMA, TRAIN, Cursor, Identity, Part, Shard
 
 
 class LakeFull(Exception):
@@ -40,23 +37,8 @@ def permuted(names: Sequence[str], seed: int) -> list[str]:
     return sorted(names, key=lambda name: hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=16).digest())
 
 
-class Lake:
-    """One connection to a ledger. Open it in the process that uses it: no connection may cross a fork."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.db = sqlite3.connect(root / "ledger.sqlite", timeout=LOCK_WAIT_S, isolation_level=None)
-        self.db.row_factory = sqlite3.Row
-        self.db.execute("PRAGMA journal_mode = WAL")
-        self.db.execute("PRAGMA synchronous = FULL")
-
-    @classmethod
-    def open(cls, root: Path) -> "Lake":
-        """An existing lake. Raises UserError if there is none."""
-        lake = cls(root) if (root / "ledger.sqlite").exists() else None
-        if lake is None or not lake.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'totals'").fetchone():
-            raise UserError(f"no lake at {root}; to make one: python datalake/run_lake.py --source DIR --lake {root}")
-        return lake
+class Lake(Ledger):
+    """Everything that happens to a lake."""
 
     @classmethod
     def create(cls, root: Path, identity: Identity, tars: Mapping[str, int], **limits: int) -> "Lake":
@@ -95,30 +77,7 @@ class Lake:
                 lake.db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (name, str(value)))
         return lake
 
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All or nothing, and alone: the write lock is taken at the start, so what was read stays true."""
-        self.db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self.db.execute("ROLLBACK")
-            raise
-        self.db.execute("COMMIT")
-
-    def close(self) -> None:
-        """Close the connection; the ledger stays."""
-        self.db.close()
-
-    def path(self, shard_id: int, split: str, suffix: str = ".tar") -> Path:
-        """Where a part stands: .tar when finished, .tar.part while its one worker writes it."""
-        return self.root / ("shards" if split == TRAIN else "val") / f"{shard_id:08d}{suffix}"
-
     # ---- owners ----
-
-    def is_alive(self, owner: str | None) -> bool:
-        """Whether the process of this id still holds its lock. No clocks, and no process id that could be reused."""
-        return owner is not None and is_locked(self.root / "owners" / f"{owner}.lock")
 
     def sweep(self) -> None:
         """Put right what dead workers left: their unfinished files and reservations go, their cursors are free."""
@@ -224,6 +183,14 @@ class Lake:
             for name, count in (counts + Counter({"cut": sum(part.num_clips for part in parts)})).items():
                 self._add(name, count)
         crash_point("shard-ready")
+
+    def _add(self, name: str, count: int) -> int:
+        """Add to a total and return its new value."""
+        return self.db.execute(
+            "INSERT INTO totals VALUES (?, ?)"
+            " ON CONFLICT (name) DO UPDATE SET value = value + excluded.value RETURNING value",
+            (name, count),
+        ).fetchone()["value"]
 
     def _fsync_folders(self) -> None:
         fsync_folder(self.root / "shards")
@@ -378,120 +345,6 @@ class Lake:
                         "UPDATE shards SET state = 'retiring' WHERE id = ? AND split = ?", (row["id"], RECENT)
                     )
         self.finish_retiring()
-
-    # ---- looking ----
-
-    def _add(self, name: str, count: int) -> int:
-        """Add to a total and return its new value."""
-        return self.db.execute(
-            "INSERT INTO totals VALUES (?, ?)"
-            " ON CONFLICT (name) DO UPDATE SET value = value + excluded.value RETURNING value",
-            (name, count),
-        ).fetchone()["value"]
-
-    def totals(self) -> Counter[str]:
-        """Everything that is only counted: clips cut and trained, recordings, skips by reason."""
-        return Counter(dict(self.db.execute("SELECT name, value FROM totals").fetchall()))
-
-    def setting(self, name: str) -> str:
-        """A field of the lake's identity, one of its limits, or `id`, which no other lake has."""
-        return self.db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()["value"]
-
-    def cap_bytes(self) -> int:
-        """The hard limit on `used_bytes`."""
-        return int(self.setting("cap_bytes"))
-
-    def used_bytes(self) -> int:
-        """Bytes that are written or reserved: never above the cap."""
-        return self._sum("num_bytes", "1")
-
-    def has_room(self) -> bool:
-        """Whether another shard could be begun now."""
-        return self.used_bytes() + int(self.setting("reservation_bytes")) <= self.cap_bytes()
-
-    def unread_clips(self) -> int:
-        """Train clips that no trainer has been handed yet: the level of the reservoir."""
-        return self._sum("num_clips - num_read", "split = 'train' AND state IN ('ready', 'leased')")
-
-    def _sum(self, column: str, condition: str) -> int:
-        return self.db.execute(f"SELECT coalesce(sum({column}), 0) FROM shards WHERE {condition}").fetchone()[0]
-
-    def tar_states(self) -> Counter[str]:
-        """Source tars by state; `free` counts those that a new worker could take."""
-        states = Counter(dict(self.db.execute("SELECT state, count(*) FROM tars GROUP BY state").fetchall()))
-        free = "SELECT count(*) FROM tars WHERE owner IS NULL AND state IN ('waiting', 'open')"
-        return states + Counter(free=self.db.execute(free).fetchone()[0])
-
-    def is_drained(self) -> bool:
-        """Whether no train shard will come any more: all tars are read, none is being written and none is ready."""
-        states = self.tar_states()
-        is_coming = self._sum("1", "state = 'writing' OR (state = 'ready' AND split = 'train')")
-        return not (states["waiting"] or states["open"] or is_coming)
-
-    def anchor_groups(self) -> set[str]:
-        """Recordings, or videos, with clips in the anchor validation."""
-        rows = self.db.execute("SELECT name FROM anchor_groups").fetchall()
-        return {bytes.fromhex(row["name"]).decode(errors="surrogatepass") for row in rows}
-
-    def has_anchor(self) -> bool:
-        """Whether the anchor validation is finished, or none is wanted."""
-        return bool(self._sum("1", "split = 'anchor' AND state = 'ready'")) or int(self.setting("val_clips")) == 0
-
-    def ready(self, split: str) -> list[Shard]:
-        """Finished shards of one split that nobody holds, oldest first."""
-        return self._shards("split = ? AND state = 'ready'", split)
-
-    def _shards(self, condition: str, *values: object) -> list[Shard]:
-        rows = self.db.execute(f"SELECT * FROM shards WHERE {condition} ORDER BY id", values).fetchall()
-        return [
-            Shard(r["id"], r["split"], self.path(r["id"], r["split"]), r["num_clips"], r["sha256"], r["covered"] or b"")
-            for r in rows
-        ]
-
-    def books(self) -> Books:
-        """Where every clip is. One transaction, so the sums belong together."""
-        with self.transaction():
-            totals = self.totals()
-            return Books(
-                cut=totals["cut"],
-                ready=self._sum("num_clips - num_covered", "split = 'train' AND state = 'ready'"),
-                leased=self._sum("num_clips - num_covered", "split = 'train' AND state IN ('leased', 'retiring')"),
-                trained=self._sum("num_covered", "split = 'train'") + totals["trained"],
-                validation=self._sum("num_clips", "split != 'train' AND state IN ('ready', 'retiring')"),
-                retired_validation=totals["retired validation"],
-                quarantined=self._sum("num_clips - num_covered", "state = 'quarantined'"),
-            )
-
-    def disagreements(self) -> list[str]:
-        """What ledger and folders say differently, and books that do not balance; empty if all is well.
-
-        Shards that a living worker is writing are left out: their files come and go.
-        """
-        found = [f"the books are off by {self.books().balance()} clips"] if self.books().balance() else []
-        with self.transaction():  # nothing is published, leased or retired while we look
-            rows = self.db.execute("SELECT * FROM shards WHERE state != 'quarantined'").fetchall()
-            files = _sizes(self.root / "shards") | _sizes(self.root / "val")
-        expected = {self.path(r["id"], r["split"]): r["num_bytes"] for r in rows if r["state"] in ("ready", "leased")}
-        writing = {f"{r['id']:08d}" for r in rows if r["state"] == "writing" and self.is_alive(r["owner"])}
-        retiring = {f"{r['id']:08d}" for r in rows if r["state"] == "retiring"}
-        for path, num_bytes in expected.items():
-            if path not in files:
-                found.append(f"{path} is in the ledger, but there is no such file")
-            elif files[path] != num_bytes:
-                found.append(f"{path} has {files[path]} bytes, the ledger says {num_bytes}")
-        for path in files.keys() - expected.keys():
-            if path.name.split(".")[0] not in writing | retiring:
-                found.append(f"{path} is on the disk, but not in the ledger")
-        return found
-
-
-def _sizes(folder: Path) -> dict[Path, int]:
-    """Bytes of each file; one that goes while we look is left out."""
-    sizes = {}
-    for path in folder.iterdir():
-        with suppress(FileNotFoundError):
-            sizes[path] = path.stat().st_size
-    return sizes
 
 
 def _fsync_file(path: Path) -> None:
