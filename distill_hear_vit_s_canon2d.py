@@ -71,6 +71,9 @@ class Config:
     """of matrices; norms, biases and Canon kernels have none"""
     open_shards: int = 8
     """shards that a batch is drawn from"""
+    consume: Literal["once", "reuse"] = "once"
+    """once: each clip is trained on once, then its shard goes; reuse: shards are kept, pass after pass, until the lake
+    wants room for new ones (for small sources, and for one trainer on a lake)"""
     save_every: int = 200
     """steps between checkpoints, each with a validation; the lake must hold the clips of two such intervals"""
     log_every: int = 20
@@ -182,11 +185,8 @@ def open_run(config: Config) -> Run:
     found = checkpoint.load_newest(config.out)
     if found and config.resume == "never":
         raise UserError(f"{config.out} holds a run, and --resume never; choose another --out")
-    state: dict[str, Any] = (
-        found[0]
-        if found
-        else {"run": uuid.uuid4().hex, "step": 0, "best": float("inf"), "best_step": 0, "skipped_steps": 0}
-    )
+    beginning = {"run": uuid.uuid4().hex, "step": 0, "best": float("inf"), "best_step": 0, "skipped_steps": 0}
+    state: dict[str, Any] = found[0] if found else beginning
     model = dataclasses.asdict(config.model)
     if found and state["student_config"] != model:
         differing = [name for name in model if state["student_config"].get(name) != model[name]]
@@ -217,7 +217,10 @@ def open_run(config: Config) -> Run:
 
     owner = Owner(lake.root, "train")
     allocate = pinned_memory if config.device == "cuda" else ordinary_memory
-    drawing = Drawing(run=state["run"], seed=config.seed, num_open=config.open_shards, batch_size=config.batch_size)
+    drawing = Drawing(
+        **{"run": state["run"], "seed": config.seed, "num_open": config.open_shards},
+        **{"batch_size": config.batch_size, "reuse": config.consume == "reuse"},
+    )
     return Run(
         config=config,
         id=state["run"],

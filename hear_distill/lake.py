@@ -7,9 +7,11 @@ out:  <lake>/ledger.sqlite, the only shared state; files move only together with
     <lake>/owners/<id>.lock         one per living process      <lake>/quarantine/<id>-<split>.tar   failed its hash
 
 A shard is `writing`, then `ready`, `leased` to a trainer, `retiring` once the second-newest durable checkpoint covers
-all its clips, and then only a number in the totals; or `quarantined`. datalake/README.md draws it. Every change of
-state is one transaction; a file operation stands before or after it so that a kill between the two is repaired by
-`sweep` (for dead writers), `begin_run` (for dead trainers) or `finish_retiring`, each of which may itself be killed.
+all its clips, and then only a number in the totals; or `quarantined`. datalake/README.md draws it. A trainer that uses
+shards again keeps its leases, pass after pass; where a streamer wants room, it gives those back that had one, and the
+most-used go first. Every change of state is one transaction; a file operation stands before or after it so that a kill
+between the two is repaired by `sweep` (for dead writers), `begin_run` (for dead trainers) or `finish_retiring`, each of
+which may itself be killed.
 """
 
 import fcntl
@@ -22,10 +24,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 
 from hear_distill.files import UserError, crash_point, fsync_folder
-from hear_distill.ledger import Ledger
+from hear_distill.ledger import SPARE, TRAINED, TRAINED_AGAIN, Ledger
 from hear_distill.schema import ANCHOR, RECENT, SCHEMA, TRAIN, Cursor, Identity, Part, Shard
+
+NO_USES: Mapping[int, int] = MappingProxyType({})
 
 
 class LakeFull(Exception):
@@ -123,7 +128,12 @@ class Lake(Ledger):
         self.db.execute("UPDATE tars SET owner = NULL WHERE owner = ?", (owner,))
 
     def begin_shard(self, owner: str, num_bytes: int, split: str = TRAIN) -> int | None:
-        """Reserve `num_bytes` under the cap: the new shard's id, or None if the anchor is begun. Raises LakeFull."""
+        """Reserve `num_bytes` under the cap: the new shard's id, or None if the anchor is begun. Raises LakeFull.
+
+        Where there is no room, spare shards make it, the most-used first: those that nobody holds, and that have a
+        whole pass in the second-newest checkpoint.
+        """
+        self._push_out(num_bytes)
         with self.transaction():
             if split == ANCHOR and self._sum("1", "split = 'anchor'"):
                 return None
@@ -136,6 +146,23 @@ class Lake(Ledger):
             )
         crash_point("shard-reserved")
         return shard_id
+
+    def _push_out(self, num_bytes: int) -> None:
+        """Retire spare shards until `num_bytes` fit; none if even all of them would not be enough."""
+        with self.transaction():
+            missing = self.used_bytes() + num_bytes - self.cap_bytes()
+            if not 0 < missing <= self._sum("num_bytes", SPARE):
+                return
+            rows = self.db.execute(f"SELECT id, num_bytes FROM shards WHERE {SPARE} ORDER BY num_uses DESC, id")
+            for row in rows.fetchall():
+                if missing > 0:
+                    missing -= row["num_bytes"]
+                    self._retire(row["id"])
+        crash_point("shard-pushed-out")
+        self.finish_retiring()
+
+    def _retire(self, shard_id: int, split: str = TRAIN) -> None:
+        self.db.execute("UPDATE shards SET state = 'retiring' WHERE id = ? AND split = ?", (shard_id, split))
 
     def publish(
         self,
@@ -203,43 +230,57 @@ class Lake(Ledger):
 
     # ---- training ----
 
-    def begin_run(self, owner: str, run: str, coverage: Mapping[int, bytes]) -> list[Shard]:
+    def begin_run(
+        self, owner: str, run: str, coverage: Mapping[int, bytes], uses: Mapping[int, int] = NO_USES
+    ) -> list[Shard]:
         """Take up a training history: what its surviving checkpoint covers stays covered, all else is ready again.
 
         Shards that `coverage` names are leased to `owner`, in its order, and returned; the clips that the checkpoint
         does not contain are the ones to read. Other shards of this run go back. So do the shards of dead trainers of
-        other runs, less what their newest durable checkpoint covered.
+        other runs, less what their newest durable checkpoint covered. `uses` holds the whole passes of each shard
+        before the one that `coverage` tells of, where there are any. A shard that the checkpoint covers, and that was
+        given back or retired since, is not taken up again.
         """
         self.finish_retiring()
+        taken_from_the_dead = set()
         with self.transaction():
             for row in self.db.execute(
                 "SELECT * FROM shards WHERE run IS NOT NULL AND state IN ('ready', 'leased')"
             ).fetchall():
                 if self.is_alive(row["owner"]):
                     continue
-                covered = row["covered"] if row["run"] != run else None
-                self._set_coverage(row["id"], covered)
+                is_ours = row["run"] == run
+                if is_ours and row["state"] == "leased":
+                    taken_from_the_dead.add(row["id"])
+                covered, num_uses = (None, row["num_safe_uses"]) if is_ours else (row["covered"], row["num_uses"])
+                self._set_coverage(row["id"], covered, num_uses)
                 self.db.execute(
                     "UPDATE shards SET state = 'ready', owner = NULL WHERE id = ? AND split = 'train'", (row["id"],)
                 )
             for shard_id, covered in coverage.items():
+                num_uses = uses.get(shard_id, 0)
                 row = self.db.execute(
-                    "SELECT state FROM shards WHERE id = ? AND split = 'train'", (shard_id,)
+                    "SELECT * FROM shards WHERE id = ? AND split = 'train' AND state = 'ready'", (shard_id,)
                 ).fetchone()
-                if row is not None and row["state"] == "ready":
-                    self._set_coverage(shard_id, covered)
-                    self._lease(shard_id, owner, run)
+                if row is None:
+                    continue
+                is_over = row["run"] != run or _num_bits(covered) == row["num_clips"]
+                if row["num_uses"] > num_uses and is_over and shard_id not in taken_from_the_dead:
+                    continue  # it was given back, or somebody else is at a later pass
+                self._set_coverage(shard_id, covered, num_uses)
+                self._lease(shard_id, owner, run)
             return [s for i in coverage for s in self._shards("id = ? AND owner = ? AND state = 'leased'", i, owner)]
 
     def lease(self, owner: str, run: str) -> Shard | None:
-        """The oldest ready train shard, now this trainer's alone; None if there is none."""
+        """The oldest of the least-used ready train shards, now this trainer's alone; None if there is none."""
         with self.transaction():
             row = self.db.execute(
-                "SELECT min(id) AS id FROM shards WHERE state = 'ready' AND split = 'train'"
+                "SELECT id FROM shards WHERE state = 'ready' AND split = 'train' ORDER BY num_uses, id LIMIT 1"
             ).fetchone()
-            if row["id"] is None:
+            if row is None:
                 return None
             self._lease(row["id"], owner, run)
+            self.db.execute("UPDATE shards SET num_safe_uses = num_uses WHERE id = ? AND split = 'train'", (row["id"],))
             (shard,) = self._shards("id = ? AND split = 'train'", row["id"])
         crash_point("lease-taken")
         return shard
@@ -251,11 +292,12 @@ class Lake(Ledger):
             (owner, run, shard_id),
         )
 
-    def _set_coverage(self, shard_id: int, covered: bytes | None) -> None:
-        num_covered = int.from_bytes(covered or b"", "little").bit_count()
+    def _set_coverage(self, shard_id: int, covered: bytes | None, num_uses: int) -> None:
+        num_covered = _num_bits(covered or b"")
         self.db.execute(
-            "UPDATE shards SET covered = ?, num_covered = ?, num_read = ? WHERE id = ? AND split = 'train'",
-            (covered, num_covered, num_covered, shard_id),
+            "UPDATE shards SET covered = ?, num_covered = ?, num_read = ?, num_uses = ?"
+            " WHERE id = ? AND split = 'train'",
+            (covered, num_covered, num_covered, num_uses, shard_id),
         )
 
     def report_read(self, num_read: Mapping[int, int]) -> None:
@@ -266,28 +308,54 @@ class Lake(Ledger):
                 [(count, shard_id) for shard_id, count in num_read.items()],
             )
 
-    def record_checkpoint(self, owner: str, coverage: Mapping[int, bytes]) -> list[int]:
+    def record_checkpoint(
+        self, owner: str, coverage: Mapping[int, bytes], uses: Mapping[int, int] = NO_USES, is_kept: bool = False
+    ) -> list[int]:
         """Book a checkpoint that is durable and was read back. Returns the train shards that are gone with it.
 
         A shard goes when the second-newest checkpoint covers it: should the newest turn out damaged, the one before
         still accounts for every clip. Leases that `coverage` does not name stay as they are: the trainer reads ahead.
+        With `is_kept` none goes. `uses` as in `begin_run`.
         """
         with self.transaction():
-            leased = "SELECT id, num_clips, num_covered FROM shards WHERE state = 'leased' AND owner = ?"
+            leased = "SELECT * FROM shards WHERE state = 'leased' AND owner = ?"
             rows = [row for row in self.db.execute(leased, (owner,)).fetchall() if row["id"] in coverage]
             for row in rows:
-                self._set_coverage(row["id"], coverage[row["id"]])
-            covered_twice = [row["id"] for row in rows if row["num_covered"] == row["num_clips"]]
-            self.db.executemany(
-                "UPDATE shards SET state = 'retiring' WHERE id = ? AND split = 'train'", [(i,) for i in covered_twice]
-            )
+                self._set_coverage(row["id"], coverage[row["id"]], uses.get(row["id"], 0))
+                safe = row["num_uses"] + (row["num_covered"] == row["num_clips"])
+                self.db.execute(
+                    "UPDATE shards SET num_safe_uses = ? WHERE id = ? AND split = 'train'", (safe, row["id"])
+                )
+            covered_twice = [row["id"] for row in rows if row["num_covered"] == row["num_clips"] and not is_kept]
+            for shard_id in covered_twice:
+                self._retire(shard_id)
         crash_point("checkpoint-recorded")
         self.finish_retiring()
         return covered_twice
 
+    def give_back(self, owner: str, shard_ids: Iterable[int]) -> None:
+        """These shards, whose pass is over, are ready for the next, or to make room."""
+        with self.transaction():
+            for shard_id in shard_ids:
+                self.db.execute(
+                    "UPDATE shards SET state = 'ready', owner = NULL, covered = NULL, num_covered = 0, num_read = 0,"
+                    " num_uses = num_uses + 1, num_safe_uses = num_uses + 1"
+                    " WHERE id = ? AND split = 'train' AND owner = ? AND num_covered = num_clips",
+                    (shard_id, owner),
+                )
+        crash_point("shard-given-back")
+
+    def spare(self, owner: str) -> set[int]:
+        """Leases of which the second-newest checkpoint contains a whole pass."""
+        rows = self.db.execute("SELECT id FROM shards WHERE state = 'leased' AND owner = ? AND num_safe_uses", (owner,))
+        return {row["id"] for row in rows.fetchall()}
+
     def finish_retiring(self) -> None:
         """Delete the files of retiring shards, then turn their rows into totals; also after a kill in between."""
-        rows = self.db.execute("SELECT id, split, num_clips FROM shards WHERE state = 'retiring'").fetchall()
+        rows = self.db.execute(
+            f"SELECT id, split, num_clips, {TRAINED} AS trained, {TRAINED_AGAIN} AS again"
+            " FROM shards WHERE state = 'retiring'"
+        ).fetchall()
         for row in rows:
             self.path(row["id"], row["split"]).unlink(missing_ok=True)
         if rows:
@@ -298,7 +366,11 @@ class Lake(Ledger):
                 gone = self.db.execute(
                     "DELETE FROM shards WHERE id = ? AND split = ? AND state = 'retiring'", (row["id"], row["split"])
                 ).rowcount
-                self._add("trained" if row["split"] == TRAIN else "retired validation", gone * row["num_clips"])
+                if row["split"] == TRAIN:
+                    self._add("trained", gone * row["trained"])
+                    self._add("trained again", gone * row["again"])
+                else:
+                    self._add("retired validation", gone * row["num_clips"])
         if rows:
             crash_point("shard-retired")
 
@@ -341,10 +413,12 @@ class Lake(Ledger):
             for row in rows:
                 kept += row["num_clips"]
                 if kept > num_clips_to_keep:
-                    self.db.execute(
-                        "UPDATE shards SET state = 'retiring' WHERE id = ? AND split = ?", (row["id"], RECENT)
-                    )
+                    self._retire(row["id"], RECENT)
         self.finish_retiring()
+
+
+def _num_bits(covered: bytes) -> int:
+    return int.from_bytes(covered, "little").bit_count()
 
 
 def _fsync_file(path: Path) -> None:

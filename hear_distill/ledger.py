@@ -18,6 +18,12 @@ from hear_distill.schema import TRAIN, Books, Shard
 LOCK_WAIT_S = 60.0
 
 
+# Of a train shard, in clips: used for the first time, and later uses.
+TRAINED = "CASE WHEN num_uses THEN num_clips ELSE num_covered END"
+TRAINED_AGAIN = "CASE WHEN num_uses THEN (num_uses - 1) * num_clips + num_covered ELSE 0 END"
+SPARE = "split = 'train' AND state = 'ready' AND num_safe_uses > 0"  # what makes room where it is needed
+
+
 class Ledger:
     """One connection to a ledger. Open it in the process that uses it: no connection may cross a fork."""
 
@@ -76,12 +82,18 @@ class Ledger:
         return self._sum("num_bytes", "1")
 
     def has_room(self) -> bool:
-        """Whether another shard could be begun now."""
-        return self.used_bytes() + int(self.setting("reservation_bytes")) <= self.cap_bytes()
+        """Whether another shard could be begun now; spare ones would make way for it."""
+        needed = self.used_bytes() - self._sum("num_bytes", SPARE) + int(self.setting("reservation_bytes"))
+        return needed <= self.cap_bytes()
+
+    def wants_room(self) -> bool:
+        """Whether there is more to cut, and no room for it."""
+        states = self.tar_states()
+        return bool(states["waiting"] or states["open"]) and not self.has_room()
 
     def unread_clips(self) -> int:
-        """Train clips that no trainer has been handed yet: the level of the reservoir."""
-        return self._sum("num_clips - num_read", "split = 'train' AND state IN ('ready', 'leased')")
+        """Train clips that no trainer has ever been handed: the level of the reservoir."""
+        return self._sum("num_clips - num_read", "split = 'train' AND state IN ('ready', 'leased') AND num_uses = 0")
 
     def _sum(self, column: str, condition: str) -> int:
         return self.db.execute(f"SELECT coalesce(sum({column}), 0) FROM shards WHERE {condition}").fetchone()[0]
@@ -114,22 +126,27 @@ class Ledger:
     def _shards(self, condition: str, *values: object) -> list[Shard]:
         rows = self.db.execute(f"SELECT * FROM shards WHERE {condition} ORDER BY id", values).fetchall()
         return [
-            Shard(r["id"], r["split"], self.path(r["id"], r["split"]), r["num_clips"], r["sha256"], r["covered"] or b"")
+            Shard(
+                *(r["id"], r["split"], self.path(r["id"], r["split"]), r["num_clips"]),
+                *(r["sha256"], r["covered"] or b"", r["num_uses"]),
+            )
             for r in rows
         ]
 
     def books(self) -> Books:
         """Where every clip is. One transaction, so the sums belong together."""
+        untrained = f"num_clips - ({TRAINED})"
         with self.transaction():
             totals = self.totals()
             return Books(
                 cut=totals["cut"],
-                ready=self._sum("num_clips - num_covered", "split = 'train' AND state = 'ready'"),
-                leased=self._sum("num_clips - num_covered", "split = 'train' AND state IN ('leased', 'retiring')"),
-                trained=self._sum("num_covered", "split = 'train'") + totals["trained"],
+                ready=self._sum(untrained, "split = 'train' AND state = 'ready'"),
+                leased=self._sum(untrained, "split = 'train' AND state IN ('leased', 'retiring')"),
+                trained=self._sum(TRAINED, "split = 'train'") + totals["trained"],
+                trained_again=self._sum(TRAINED_AGAIN, "split = 'train'") + totals["trained again"],
                 validation=self._sum("num_clips", "split != 'train' AND state IN ('ready', 'retiring')"),
                 retired_validation=totals["retired validation"],
-                quarantined=self._sum("num_clips - num_covered", "state = 'quarantined'"),
+                quarantined=self._sum(untrained, "state = 'quarantined'"),
             )
 
     def disagreements(self) -> list[str]:

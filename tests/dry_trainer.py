@@ -45,7 +45,7 @@ def load(config: Config) -> dict:
     """The last checkpoint, or the beginning of a run."""
     path = config.out / "state.json"
     if not path.exists():
-        return {"run": uuid.uuid4().hex, "step": 0, "num_batches": 0, "coverage": {}}
+        return {"run": uuid.uuid4().hex, "step": 0, "num_batches": 0, "coverage": {}, "uses": {}}
     state = json.loads(path.read_text())
     return state | {"coverage": {int(shard_id): bytes.fromhex(bits) for shard_id, bits in state["coverage"].items()}}
 

@@ -7,67 +7,15 @@ import os
 import threading
 from collections import Counter
 from concurrent.futures import wait
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
-from lake_tools import add_shard, make_clips, make_lake, run_python
+from lake_tools import add_shard, batches_of, die, filled_lake, ids_of, make_clips, make_lake, run_python
 
-from hear_distill.data import Batch, Drawing, LakeReader, read_validation
-from hear_distill.lake import Lake
-from hear_distill.locks import Owner
+from hear_distill.data import read_validation
 from hear_distill.shards import ShardBroken, verify_shard
-
-
-@pytest.fixture
-def reader_of():
-    """Makes a LakeReader in the role of a process of its own; all are closed at the end."""
-    owners, readers = [], []
-
-    def make(lake: Lake, **options) -> LakeReader:
-        owners.append(Owner(lake.root, "train"))
-        given = {name: options.pop(name) for name in ("state", "allocate") if name in options}
-        drawing = Drawing(**{"run": "run", "seed": 1, "num_open": 3, "batch_size": 1, **options})
-        readers.append(LakeReader(lake, owners[-1], drawing, **given))
-        return readers[-1]
-
-    yield make
-    for reader in readers:
-        reader.close()
-    for owner in owners:
-        owner.release()
-
-
-def filled_lake(root: Path, *sizes: int) -> Lake:
-    """A lake whose source is finished, with train shards of so many clips, ids from 0."""
-    lake = make_lake(root)
-    lake.db.execute("UPDATE tars SET state = 'done'")
-    for num_clips in sizes:
-        add_shard(lake, num_clips)
-    return lake
-
-
-def batches_of(reader: LakeReader, count: int = 10_000) -> list[Batch]:
-    """Up to `count` batches, each marked as trained; copies, as the reader fills its buffers again."""
-    batches = []
-    while len(batches) < count and (batch := reader.next_batch()) is not None:
-        reader.mark_trained(batch.ids)
-        batches.append(replace(batch, samples=batch.samples.copy()))
-    return batches
-
-
-def die(reader: LakeReader) -> None:
-    """Drop the lock and do nothing more, as after a kill; nothing is given back."""
-    wait(reader.ahead)
-    reader.owner.file.close()
-
-
-def ids_of(batches: list[Batch]) -> Counter[tuple[int, int]]:
-    """How often each (shard, clip) was handed out."""
-    return Counter(clip for batch in batches for clip in batch.ids)
-
 
 SIZES = (7, 10, 1, 9, 8, 13)
 ALL = Counter((shard, clip) for shard, num_clips in enumerate(SIZES) for clip in range(num_clips))
@@ -105,7 +53,7 @@ def test_clips_of_a_batch_come_from_several_open_shards_and_from_no_others(tmp_p
 def test_the_draw_depends_on_the_seed_and_on_the_number_of_the_batch(tmp_path, reader_of):
     draws = {}
     for name, seed, number in (("a", 5, 0), ("again", 5, 0), ("other seed", 6, 0), ("other number", 5, 1)):
-        state = {"num_batches": number, "coverage": {}}
+        state = {"num_batches": number, "coverage": {}, "uses": {}}
         draws[name] = reader_of(filled_lake(tmp_path / name, 20), seed=seed, batch_size=9, state=state).next_batch().ids
     assert draws.pop("again") == draws["a"]
     assert len(set(map(tuple, draws.values()))) == 3
