@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from hear_distill import checkpoint, cli, demo
-from hear_distill.data import LakeReader, read_validation
+from hear_distill.data import Batch, Drawing, LakeReader, ordinary_memory, read_validation
 from hear_distill.files import UserError, gib
 from hear_distill.frontend import MelPcen
 from hear_distill.lake import Lake
 from hear_distill.locks import Owner, alone
-from hear_distill.losses import LossWeights, distill_loss
+from hear_distill.losses import LossWeights, agreement, distill_loss
 from hear_distill.plots import draw_losses
 from hear_distill.runlog import Heartbeat, Metrics, StopRequest, write_config
 from hear_distill.schema import ANCHOR, RECENT
@@ -71,6 +71,9 @@ class Config:
     """of matrices; norms, biases and Canon kernels have none"""
     open_shards: int = 8
     """shards that a batch is drawn from"""
+    consume: Literal["once", "reuse"] = "once"
+    """once: each clip is trained on once, then its shard goes; reuse: shards are kept, pass after pass, until the lake
+    wants room for new ones (for small sources, and for one trainer on a lake)"""
     save_every: int = 200
     """steps between checkpoints, each with a validation; the lake must hold the clips of two such intervals"""
     log_every: int = 20
@@ -163,6 +166,8 @@ class Run:
     """for data, since this process began"""
     saves_here: int = 0
     """checkpoints made at the present step"""
+    fetched: torch.cuda.Event | None = None
+    """when the GPU has the last batch, whose buffer the reader may then fill anew"""
 
 
 def make_optimizer(student: Student, config: Config) -> torch.optim.AdamW:
@@ -180,11 +185,8 @@ def open_run(config: Config) -> Run:
     found = checkpoint.load_newest(config.out)
     if found and config.resume == "never":
         raise UserError(f"{config.out} holds a run, and --resume never; choose another --out")
-    state: dict[str, Any] = (
-        found[0]
-        if found
-        else {"run": uuid.uuid4().hex, "step": 0, "best": float("inf"), "best_step": 0, "skipped_steps": 0}
-    )
+    beginning = {"run": uuid.uuid4().hex, "step": 0, "best": float("inf"), "best_step": 0, "skipped_steps": 0}
+    state: dict[str, Any] = found[0] if found else beginning
     model = dataclasses.asdict(config.model)
     if found and state["student_config"] != model:
         differing = [name for name in model if state["student_config"].get(name) != model[name]]
@@ -214,7 +216,12 @@ def open_run(config: Config) -> Run:
     )
 
     owner = Owner(lake.root, "train")
-    run = Run(
+    allocate = pinned_memory if config.device == "cuda" else ordinary_memory
+    drawing = Drawing(
+        **{"run": state["run"], "seed": config.seed, "num_open": config.open_shards},
+        **{"batch_size": config.batch_size, "reuse": config.consume == "reuse"},
+    )
+    return Run(
         config=config,
         id=state["run"],
         step=state["step"],
@@ -226,21 +233,24 @@ def open_run(config: Config) -> Run:
         optimizer=optimizer,
         lake=lake,
         owner=owner,
-        reader=LakeReader(
-            lake, owner, run=state["run"], seed=config.seed, num_open=config.open_shards, state=state.get("reader")
-        ),
+        reader=LakeReader(lake, owner, drawing, state.get("reader"), allocate),
         metrics=Metrics(config.out, last_step=state["step"]),
         board=SummaryWriter(config.out / "tensorboard", purge_step=state["step"] + 1),
         heartbeat=Heartbeat(config.out / "progress.json", "train"),
         anchor=np.empty((0, 0), np.int16),
         skipped=torch.tensor(float(state["skipped_steps"]), device=device),
     )
-    return run
+
+
+def pinned_memory(shape: tuple[int, int]) -> np.ndarray:
+    """[B, 32000] int16, not filled; the GPU fetches it by itself while we go on."""
+    return torch.empty(shape, dtype=torch.int16, pin_memory=True).numpy()
 
 
 def spectrogram_of(run: Run, samples: np.ndarray) -> Tensor:
     """[B, 32000] int16 -> [B, 1, 192, 128]; int16 crosses the bus, the front end runs on the device."""
-    audio = torch.from_numpy(samples).to(run.config.device)  # [B, 32000] int16
+    audio = torch.from_numpy(samples).to(run.config.device, non_blocking=True)  # [B, 32000] int16
+    run.fetched = torch.cuda.current_stream().record_event() if audio.is_cuda else None
     return run.frontend(audio.float() / 32768)
 
 
@@ -287,7 +297,7 @@ def train(run: Run, stop: StopRequest) -> str:
         run.step, run.saves_here = run.step + 1, 0
 
         if run.step % config.log_every == 0 or run.step == config.steps:
-            stop_if_diverged(run, int(longest))  # the loop's only wait for the device
+            stop_if_diverged(run, int(longest))  # waits for the device to finish the step
             longest = torch.zeros_like(longest)
             log_step(run, terms)
         if run.step % config.save_every == 0 or run.step == config.steps:
@@ -311,12 +321,14 @@ def leave(run: Run, stop: StopRequest) -> str:
     return f"the lake is drained, {num_unread} clips are left over"
 
 
-def next_batch(run: Run, stop: StopRequest) -> Any:
+def next_batch(run: Run, stop: StopRequest) -> Batch | None:
     """The next batch. Waits while the lake is starved; None when it is drained or we should stop."""
+    if run.fetched:
+        run.fetched.synchronize()  # it is at the last step then, so it has work while we prepare the next
     begin, say_at = time.monotonic(), time.monotonic() + SAY_STARVED_EVERY_S
     while not stop:
         run.turns += 1
-        batch = run.reader.next_batch(run.config.batch_size)
+        batch = run.reader.next_batch()
         is_waiting = batch is None
         run.heartbeat.beat(run.turns, **run.logged, step=run.step, steps=run.config.steps, is_waiting=is_waiting)
         if not is_waiting or run.reader.is_drained():
@@ -402,27 +414,18 @@ def validate(run: Run) -> dict[str, float]:
     values: dict[str, float] = {}
     for name, samples in ((ANCHOR, run.anchor), (RECENT, read_validation(run.lake, RECENT, num_clips))):
         if len(samples) >= 2:
-            values |= {f"{name}_{metric}": value for metric, value in agreement(run, samples).items()}
+            values |= {f"{name}_{metric}": value for metric, value in floats(agreement_on(run, samples)).items()}
     return values
 
 
-def agreement(run: Run, samples: np.ndarray) -> dict[str, float]:
+def agreement_on(run: Run, samples: np.ndarray) -> dict[str, Tensor]:
     """[n, 32000] int16 -> how close the student is to the teacher; 1 is perfect explained variance and cosine."""
     predicted, target = [], []
     for part in np.array_split(samples, -(-len(samples) // run.config.batch_size)):
         spectrogram = spectrogram_of(run, part)
         predicted.append(run.student.project(run.student(spectrogram)).double())
         target.append(run.teacher(spectrogram).double())
-    student, teacher = torch.cat(predicted), torch.cat(target)  # [n, E] each
-    mse = (student - teacher).square().mean()
-    centred = teacher - teacher.mean(dim=0)
-    return floats(
-        {
-            "mse": mse,
-            "explained_variance": 1 - mse / centred.square().mean(),
-            "centred_cosine": nn.functional.cosine_similarity(student - teacher.mean(dim=0), centred).mean(),
-        }
-    )
+    return agreement(torch.cat(predicted), torch.cat(target))
 
 
 def save(run: Run, is_best: bool = False) -> None:

@@ -5,12 +5,28 @@ out:  Batch(samples [B, 32000] int16, ids); coverage: a bit per clip, for the ch
 
 Each batch is drawn without replacement from the unread clips of several open shards. The draw depends on the seed, the
 number of the batch and what is open, so a trainer that resumes from a checkpoint draws what it would have drawn.
+
+One thread reads ahead, so that a step waits neither for a hash nor for a disk. It leases, checks, draws and reads, with
+a connection to the ledger of its own: from what a batch is drawn depends on which shards passed their check, so the
+four belong together. The account belongs to the caller's thread alone. A shard enters it together with the first batch
+that was drawn while it was open; until then no checkpoint knows of it, and a resumed run leases it anew. So it makes no
+difference to any draw, or to any checkpoint, how far ahead the thread is.
+
+With `reuse`, shards are kept until the lake wants room for new ones. When their undrawn clips are fewer than a batch,
+and no other shard can be leased, the batch takes these clips and goes on in a new pass over the least-used shards. So
+each pass over a shard takes each of its clips once, in the surviving history as well, whatever was killed. Which shards
+go when the lake wants room depends on the moment, and so do the draws after it.
+
+B clips in a batch
 """
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +37,8 @@ from hear_distill.lake import Lake
 from hear_distill.locks import Owner
 from hear_distill.schema import RECENT, Shard
 from hear_distill.shards import ShardBroken, read_clips, verify_shard
+
+AHEAD_CLIPS = 1_024  # hides the check of a shard of 1,000 clips, 0.1 s at most, from a GPU that takes 6,000 clips/s
 
 
 @dataclass(frozen=True)
@@ -33,129 +51,338 @@ class Batch:
     """(shard, clip) of each row"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """What is drawn and how."""
+
+    run: str
+    """training history that the leases belong to"""
+    seed: int
+    num_open: int
+    """shards that a batch is drawn from; more, if these hold too little"""
+    batch_size: int
+    ahead_clips: int = AHEAD_CLIPS
+    """clips that are read before they are asked for, rounded up to whole batches; 0 reads when asked"""
+    reuse: bool = False
+    """keep shards and go over them again; for one trainer on a lake"""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What the thread hands over: a batch, or none, and what it opened for it."""
+
+    samples: np.ndarray
+    """[B, 32000] int16, not filled if there is no batch"""
+    ids: list[tuple[int, int]]
+    """(shard, clip) of each row; empty if the open shards hold too little and no other is ready"""
+    num_old: int
+    """rows before the passes that begin in this batch; all rows, if none does"""
+    begun: list[int]
+    """shards of which a new pass begins"""
+    opened: list[Shard]
+
+
+def trained_clips(shard: Shard) -> np.ndarray:
+    """[clips] bool: what the ledger says was trained on when the shard was leased."""
+    bits = np.unpackbits(np.frombuffer(shard.covered, np.uint8), bitorder="little")[: shard.num_clips].astype(bool)
+    return np.pad(bits, (0, shard.num_clips - len(bits)))
+
+
 class OpenShard:
-    """A leased shard: its file while clips are unread, and two bits per clip, handed out and trained on."""
+    """The thread's side of a leased shard: its file, while it holds clips that are in no batch of this pass yet."""
 
     def __init__(self, shard: Shard) -> None:
-        self.shard = shard
-        bits = np.unpackbits(np.frombuffer(shard.covered, np.uint8), bitorder="little")[: shard.num_clips].astype(bool)
-        self.is_trained = np.zeros(shard.num_clips, bool)
-        self.is_trained[: len(bits)] = bits
-        self.is_read = self.is_trained.copy()
+        self.path, self.num_uses = shard.path, shard.num_uses
+        self.is_drawn = trained_clips(shard)
         self.fd = os.open(shard.path, os.O_RDONLY)
+        self.close_if_drawn()
 
-    def unread(self) -> np.ndarray:
-        """Indices of the clips that no batch has held yet, ascending."""
-        return np.flatnonzero(~self.is_read)
-
-    def hand_out(self, clips: Sequence[int]) -> None:
-        """Note that a batch holds these clips; after the last unread one the file is given back."""
-        self.is_read[clips] = True
-        if self.is_read.all():
+    def close_if_drawn(self) -> None:
+        """Give the file back if it holds nothing more to draw."""
+        if self.is_drawn.all():
             self.close()
 
-    def coverage(self) -> bytes:
-        """`is_trained`, a bit per clip, least significant first."""
-        return np.packbits(self.is_trained, bitorder="little").tobytes()
-
     def close(self) -> None:
-        """Give the file back; the account stays until the ledger has retired the shard."""
+        """Give the file back."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
+    def begin_pass(self) -> None:
+        """Every clip may be drawn once more."""
+        self.num_uses += 1
+        self.is_drawn[:] = False
+        self.fd = os.open(self.path, os.O_RDONLY)
 
-class LakeReader:
-    """Draws batches across several open shards of one lake, each clip once."""
+    def read(self, clips: Sequence[int], out: np.ndarray) -> None:
+        """Clips that no batch of this pass has held -> `out` [len(clips), 32000] int16."""
+        read_clips(self.fd, clips, out)
+        self.is_drawn[clips] = True
+        self.close_if_drawn()
 
-    def __init__(
-        self, lake: Lake, owner: Owner, *, run: str, seed: int, num_open: int, state: Mapping[str, Any] | None = None
-    ) -> None:
-        """`state` is what `state()` returned when the surviving checkpoint was made; None begins a new history."""
-        self.lake, self.owner, self.run, self.seed, self.num_open = lake, owner, run, seed, num_open
-        state = state or {"num_batches": 0, "coverage": {}}
-        self.num_batches: int = state["num_batches"]
-        self.shards: dict[int, OpenShard] = {}  # leased and not yet retired, in the order of their leases
-        for shard in lake.begin_run(owner.id, run, state["coverage"]):
-            self._open(shard)
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold to go on from here: plain numbers and bytes."""
-        return {"num_batches": self.num_batches, "coverage": self.coverage()}
+class Drawer:
+    """Leases, checks, draws and reads. Made, used and closed in the one thread that its connection belongs to."""
 
-    def coverage(self) -> dict[int, bytes]:
-        """Trained clips of every shard that is not retired yet, in the order of the leases."""
-        return {shard_id: shard.coverage() for shard_id, shard in self.shards.items()}
+    def __init__(self, root: Path, owner: str, drawing: Drawing, num_drawn: int) -> None:
+        self.lake, self.owner, self.drawing, self.num_drawn = Lake.open(root), owner, drawing, num_drawn
+        self.shards: dict[int, OpenShard] = {}  # in the order of their leases
+        self.opened: list[Shard] = []  # that no Draw has told of yet
 
-    def next_batch(self, batch_size: int) -> Batch | None:
-        """`batch_size` clips; None if the open shards hold fewer and no other is ready now."""
-        self._open_more(batch_size)
-        unread = {shard_id: shard.unread() for shard_id, shard in self.shards.items() if shard.fd >= 0}
-        ends = np.cumsum([len(clips) for clips in unread.values()])
-        if not unread or ends[-1] < batch_size:
-            return None
-        rng = np.random.default_rng([self.seed, self.num_batches])
-        drawn = np.sort(rng.choice(ends[-1], batch_size, replace=False))  # positions in all unread clips, end to end
-        samples = np.empty((batch_size, CLIP_SAMPLES), np.int16)  # [B, 32000]
-        ids: list[tuple[int, int]] = []
-        for (shard_id, clips), end in zip(unread.items(), ends, strict=True):
-            chosen = clips[drawn[(drawn >= end - len(clips)) & (drawn < end)] - (end - len(clips))].tolist()
-            read_clips(self.shards[shard_id].fd, chosen, samples[len(ids) : len(ids) + len(chosen)])
-            self.shards[shard_id].hand_out(chosen)
-            ids += [(shard_id, clip) for clip in chosen]
-        self.num_batches += 1
-        return Batch(samples, ids)
+    def draw(self, samples: np.ndarray) -> Draw:
+        """Fill `samples` [B, 32000] int16 with the next batch, if there is one."""
+        self._lease_more()
+        num_held = sum(len(shard.is_drawn) for shard in self.shards.values()) if self.drawing.reuse else 0
+        ids, num_old, begun = [], 0, []
+        if max(self._num_undrawn(), num_held) >= len(samples):
+            ids, num_old, begun = self._read_batch(samples)
+        if not self.drawing.reuse:
+            self.shards = {shard_id: shard for shard_id, shard in self.shards.items() if shard.fd >= 0}
+        opened, self.opened = self.opened, []
+        return Draw(samples, ids, num_old, begun, opened)
 
-    def _open_more(self, batch_size: int) -> None:
-        """Lease ready shards until `num_open` have unread clips, and these are enough for a batch."""
-        while sum(shard.fd >= 0 for shard in self.shards.values()) < self.num_open or self.num_unread() < batch_size:
-            shard = self.lake.lease(self.owner.id, self.run)
+    def _num_undrawn(self) -> int:
+        return sum(int((~shard.is_drawn).sum()) for shard in self.shards.values())
+
+    def _is_enough(self, num_clips: int) -> bool:
+        """Whether `num_open` shards have undrawn clips, and in all `num_clips`."""
+        num_open = sum(shard.fd >= 0 for shard in self.shards.values())
+        return num_open >= self.drawing.num_open and self._num_undrawn() >= num_clips
+
+    def _lease_more(self) -> None:
+        """Lease ready shards until `num_open` have undrawn clips, and these are enough for a batch."""
+        while not self._is_enough(self.drawing.batch_size):
+            shard = self.lake.lease(self.owner, self.drawing.run)
             if shard is None:
                 return
-            self._open(shard)
+            if self.open(shard):
+                self.opened.append(shard)
 
-    def _open(self, shard: Shard) -> None:
-        """Check a shard against its hash, once per lease, then open it; what fails is quarantined and counted."""
+    def open(self, shard: Shard) -> bool:
+        """Check a shard against its hash, once per lease, then open it; what fails is quarantined and counted.
+
+        Returns whether it is what the ledger says.
+        """
         try:
             verify_shard(shard.path, shard.num_clips, shard.sha256)
         except ShardBroken as e:
             print(f"WARNING: shard {shard.id} is quarantined: {e}", file=sys.stderr)
             self.lake.quarantine(shard.id, shard.split, str(e))
-            return
-        opened = self.shards[shard.id] = OpenShard(shard)
-        opened.hand_out([])
+            return False
+        self.shards[shard.id] = OpenShard(shard)
+        return True
+
+    def _read_batch(self, samples: np.ndarray) -> tuple[list[tuple[int, int]], int, list[int]]:
+        """What is left of this pass, if that is too little, and then some of the next: `ids`, `num_old`, `begun`.
+
+        The draw is addressed by the number of the batch. Where two passes meet, a batch may hold a clip twice.
+        """
+        rng = np.random.default_rng([self.drawing.seed, self.num_drawn])
+        num_old = min(self._num_undrawn(), len(samples))
+        ids = self._read_drawn(rng, samples[:num_old]) if num_old else []
+        begun = []
+        if num_old < len(samples):
+            begun = self._begin_pass(len(samples) - num_old)
+            ids += self._read_drawn(rng, samples[num_old:])
+        self.num_drawn += 1
+        return ids, num_old, begun
+
+    def _begin_pass(self, num_clips: int) -> list[int]:
+        """Go over the least-used shards again: `num_open` of them, or more if these hold less than `num_clips`."""
+        begun = []
+        for shard_id, shard in sorted(self.shards.items(), key=lambda item: item[1].num_uses):
+            if not self._is_enough(num_clips):
+                shard.begin_pass()
+                begun.append(shard_id)
+        return begun
+
+    def _read_drawn(self, rng: np.random.Generator, samples: np.ndarray) -> list[tuple[int, int]]:
+        """Draw from all undrawn clips alike; the rows are in the order of the leases, then of the clips."""
+        undrawn = {i: np.flatnonzero(~shard.is_drawn) for i, shard in self.shards.items() if shard.fd >= 0}
+        ends = np.cumsum([len(clips) for clips in undrawn.values()])
+        drawn = np.sort(rng.choice(ends[-1], len(samples), replace=False))  # positions in all undrawn clips, end to end
+        ids: list[tuple[int, int]] = []
+        for (shard_id, clips), end in zip(undrawn.items(), ends, strict=True):
+            chosen = clips[drawn[(drawn >= end - len(clips)) & (drawn < end)] - (end - len(clips))].tolist()
+            self.shards[shard_id].read(chosen, samples[len(ids) : len(ids) + len(chosen)])
+            ids += [(shard_id, clip) for clip in chosen]
+        return ids
+
+    def let_go(self, uses: Mapping[int, int]) -> list[int]:
+        """Forget those of these shards that are drawn to the end of this pass (whole passes before it by shard)."""
+        found = [(i, self.shards[i]) for i in uses if i in self.shards]
+        gone = [i for i, shard in found if shard.num_uses == uses[i] and shard.fd < 0]
+        for shard_id in gone:
+            del self.shards[shard_id]
+        return gone
+
+    def close(self) -> None:
+        """Give all files and the connection back; the leases stay."""
+        for shard in self.shards.values():
+            shard.close()
+        self.lake.close()
+
+
+class Account:
+    """The caller's side of a leased shard, kept while it is leased: two bits per clip, and whole passes."""
+
+    def __init__(self, shard: Shard) -> None:
+        self.num_uses = self.num_reads = shard.num_uses
+        """whole passes before those that `is_trained` and `is_read` tell of"""
+        self.is_trained = trained_clips(shard)
+        self.is_read = self.is_trained.copy()
+        """a batch with the clip was handed out"""
+
+    def begin_pass(self) -> None:
+        """All clips of this pass were handed out, the next ones belong to a new pass."""
+        assert self.is_read.all(), "a pass was left before its end"
+        self.num_reads += 1
+        self.is_read[:] = False
+        self._end_pass()
+
+    def train(self, clip: int) -> None:
+        """An optimiser step contains this clip."""
+        assert not self.is_trained[clip], "trained twice in one pass"
+        self.is_trained[clip] = True
+        self._end_pass()
+
+    def _end_pass(self) -> None:
+        """Once all of a pass is trained, and the next has begun, the bits are about the next."""
+        if self.num_uses < self.num_reads and self.is_trained.all():
+            self.num_uses += 1
+            self.is_trained[:] = False
+
+    def num_read(self) -> int:
+        """Clips that were handed out at least once."""
+        return len(self.is_read) if self.num_reads else int(self.is_read.sum())
+
+    def coverage(self) -> bytes:
+        """`is_trained`, a bit per clip, least significant first."""
+        return np.packbits(self.is_trained, bitorder="little").tobytes()
+
+
+def ordinary_memory(shape: tuple[int, int]) -> np.ndarray:
+    """[B, 32000] int16, not filled."""
+    return np.empty(shape, np.int16)
+
+
+class LakeReader:
+    """Batches across several open shards of one lake, each clip once, read ahead by a thread of its own."""
+
+    def __init__(
+        self,
+        lake: Lake,
+        owner: Owner,
+        drawing: Drawing,
+        state: Mapping[str, Any] | None = None,
+        allocate: Callable[[tuple[int, int]], np.ndarray] = ordinary_memory,
+    ) -> None:
+        """`state` is what `state()` returned when the surviving checkpoint was made; None begins a new history.
+
+        `allocate` gives a buffer [B, 32000] int16; a few batches live in memory, each buffer is used again and again.
+        """
+        self.lake, self.owner, self.drawing = lake, owner, drawing
+        state = state or {"num_batches": 0, "coverage": {}, "uses": {}}
+        self.num_batches: int = state["num_batches"]
+        num_buffers = 1 + -(-drawing.ahead_clips // drawing.batch_size)
+        self.free = [allocate((drawing.batch_size, CLIP_SAMPLES)) for _ in range(num_buffers)]
+        self.ahead: deque[Future[Draw]] = deque()
+        self.is_starved = self.is_closed = False
+        leased = lake.begin_run(owner.id, drawing.run, state["coverage"], state["uses"])
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader")
+        self.drawer = self.thread.submit(Drawer, lake.root, owner.id, drawing, self.num_batches).result()
+        # Shards that are leased, in the order of their leases.
+        self.accounts = {s.id: Account(s) for s in leased if self.thread.submit(self.drawer.open, s).result()}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold to go on from here: plain numbers and bytes."""
+        return {"num_batches": self.num_batches, "coverage": self.coverage(), "uses": self.uses()}
+
+    def coverage(self) -> dict[int, bytes]:
+        """Trained clips, in this pass, of every shard that is leased, in the order of the leases."""
+        return {shard_id: account.coverage() for shard_id, account in self.accounts.items()}
+
+    def uses(self) -> dict[int, int]:
+        """Whole passes before this one, of the shards that had any."""
+        return {shard_id: account.num_uses for shard_id, account in self.accounts.items() if account.num_uses}
+
+    def next_batch(self) -> Batch | None:
+        """The next batch, or None if the open shards hold too little for one and no other is ready now.
+
+        Its samples stay as they are until the next call: then their buffer is filled anew. An error of the thread is
+        raised here, and again by every later call. After None the thread rests, so nothing that arrives between None
+        and a look at `is_drained` is leased unseen; the next call tries once more.
+        """
+        for _ in range(1 if self.is_starved else len(self.free)):
+            self.ahead.append(self.thread.submit(self.drawer.draw, self.free.pop()))
+        while self.ahead:
+            draw = self.ahead[0].result()
+            self.ahead.popleft()
+            self.free.append(draw.samples)
+            self.accounts |= {shard.id: Account(shard) for shard in draw.opened}
+            self.is_starved = not draw.ids
+            if draw.ids:
+                self._mark_read(draw.ids[: draw.num_old])
+                for shard_id in draw.begun:
+                    self.accounts[shard_id].begin_pass()
+                self._mark_read(draw.ids[draw.num_old :])
+                self.num_batches += 1
+                return Batch(draw.samples, draw.ids)
+        return None
+
+    def _mark_read(self, ids: Sequence[tuple[int, int]]) -> None:
+        for shard_id, clip in ids:
+            self.accounts[shard_id].is_read[clip] = True
 
     def mark_trained(self, ids: Sequence[tuple[int, int]]) -> None:
-        """These clips were part of an optimiser step."""
+        """These clips were part of an optimiser step; batches come in the order in which they were handed out."""
         for shard_id, clip in ids:
-            self.shards[shard_id].is_trained[clip] = True
+            self.accounts[shard_id].train(clip)
 
     def record_checkpoint(self) -> None:
-        """Tell the ledger that a checkpoint with the present coverage is durable, and let go of what it retired."""
-        for shard_id in self.lake.record_checkpoint(self.owner.id, self.coverage()):
-            if shard_id in self.shards:
-                self.shards.pop(shard_id).close()
+        """Tell the ledger that a checkpoint with the present coverage is durable, and let go of what it retired.
+
+        With `reuse` nothing is retired here; shards that are between two passes go back if the lake wants room.
+        """
+        reuse = self.drawing.reuse
+        for shard_id in self.lake.record_checkpoint(self.owner.id, self.coverage(), self.uses(), is_kept=reuse):
+            del self.accounts[shard_id]
+        if reuse and self.lake.wants_room():
+            spare = self.lake.spare(self.owner.id)
+            uses = {i: a.num_uses for i, a in self.accounts.items() if i in spare and a.is_trained.all()}
+            gone = self.thread.submit(self.drawer.let_go, uses).result()
+            self.lake.give_back(self.owner.id, gone)
+            for shard_id in gone:
+                del self.accounts[shard_id]
 
     def report(self) -> None:
         """Let the supervisor see how far the open shards are read."""
-        self.lake.report_read({shard_id: int(shard.is_read.sum()) for shard_id, shard in self.shards.items()})
+        self.lake.report_read({shard_id: account.num_read() for shard_id, account in self.accounts.items()})
 
     def holds_trained_shards(self) -> bool:
         """Whether checkpoints would free room in the lake."""
-        return any(shard.is_trained.all() for shard in self.shards.values())
+        return any(account.is_trained.all() for account in self.accounts.values())
 
     def num_unread(self) -> int:
-        """Clips of open shards that no batch has held: fewer than a batch when the source is drained."""
-        return sum(int((~shard.is_read).sum()) for shard in self.shards.values())
+        """Clips of open shards that no batch of this pass has held: fewer than a batch when the source is drained."""
+        return sum(int((~account.is_read).sum()) for account in self.accounts.values())
 
     def is_drained(self) -> bool:
-        """Whether no shard can be leased any more, now or later."""
+        """Whether no shard can be leased any more, now or later; meant for the moment after a batch that was None."""
         return self.lake.is_drained()
 
     def close(self) -> None:
-        """Leave in good order: what the newest checkpoint does not cover is ready for the next trainer."""
-        for shard in self.shards.values():
-            shard.close()
+        """Leave in good order: what the newest checkpoint does not cover is ready for the next trainer.
+
+        What was read ahead is dropped, the thread ends, and only then the leases go back.
+        """
+        if self.is_closed:
+            return
+        self.is_closed = True
+        for future in self.ahead:
+            future.cancel()
+        self.thread.submit(self.drawer.close).result()
+        self.thread.shutdown()
         self.lake.release(self.owner.id)
 
 

@@ -7,31 +7,33 @@ out:  <lake>/ledger.sqlite, the only shared state; files move only together with
     <lake>/owners/<id>.lock         one per living process      <lake>/quarantine/<id>-<split>.tar   failed its hash
 
 A shard is `writing`, then `ready`, `leased` to a trainer, `retiring` once the second-newest durable checkpoint covers
-all its clips, and then only a number in the totals; or `quarantined`. datalake/README.md draws it. Every change of
-state is one transaction; a file operation stands before or after it so that a kill between the two is repaired by
-`sweep` (for dead writers), `begin_run` (for dead trainers) or `finish_retiring`, each of which may itself be killed.
+all its clips, and then only a number in the totals; or `quarantined`. datalake/README.md draws it. A trainer that uses
+shards again keeps its leases, pass after pass; where a streamer wants room, it gives those back that had one, and the
+most-used go first. Every change of state is one transaction; a file operation stands before or after it so that a kill
+between the two is repaired by `sweep` (for dead writers), `begin_run` (for dead trainers) or `finish_retiring`, each of
+which may itself be killed.
 """
 
 import fcntl
 import hashlib
 import json
 import os
-import sqlite3
 import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from hear_distill.files import UserError, crash_point, fsync_folder, make_folder
-from hear_distill.locks import is_locked
-from hear_distill.schema import ANCHOR, RECENT, SCHEMA, TRAIN, Books, Cursor, Identity, Part, Shard
+from hear_distill.ledger import SPARE, TRAINED, TRAINED_AGAIN, Ledger
+from hear_distill.schema import ANCHOR, RECENT, SCHEMA, TRAIN, Cursor, Identity, Part, Shard
 
-LOCK_WAIT_S = 60.0
+NO_USES: Mapping[int, int] = MappingProxyType({})
 
 
 class LakeFull(Exception):
@@ -43,30 +45,8 @@ def permuted(names: Sequence[str], seed: int) -> list[str]:
     return sorted(names, key=lambda name: hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=16).digest())
 
 
-class Lake:
-    """One connection to a ledger. Open it in the process that uses it: no connection may cross a fork."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.db = sqlite3.connect(root / "ledger.sqlite", timeout=LOCK_WAIT_S, isolation_level=None)
-        self.db.row_factory = sqlite3.Row
-        self.db.execute("PRAGMA journal_mode = WAL")
-        self.db.execute("PRAGMA synchronous = FULL")
-
-    @classmethod
-    def open(cls, root: Path) -> "Lake":
-        """An existing lake. Raises UserError if there is none."""
-        lake = cls.find(root)
-        if lake is None:
-            raise UserError(f"no lake at {root}; to make one: python datalake/run_lake.py --source DIR --lake {root}")
-        return lake
-
-    @classmethod
-    def find(cls, root: Path) -> "Lake | None":
-        """The lake at `root`, or None if there is none yet."""
-        lake = cls(root) if (root / "ledger.sqlite").exists() else None
-        is_made = lake and lake.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'totals'").fetchone()
-        return lake if is_made else None
+class Lake(Ledger):
+    """Everything that happens to a lake."""
 
     @classmethod
     def create(cls, root: Path, identity: Identity, tars: Mapping[str, int], **limits: int | str) -> "Lake":
@@ -105,30 +85,7 @@ class Lake:
                 lake.db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (name, str(value)))
         return lake
 
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All or nothing, and alone: the write lock is taken at the start, so what was read stays true."""
-        self.db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self.db.execute("ROLLBACK")
-            raise
-        self.db.execute("COMMIT")
-
-    def close(self) -> None:
-        """Close the connection; the ledger stays."""
-        self.db.close()
-
-    def path(self, shard_id: int, split: str, suffix: str = ".tar") -> Path:
-        """Where a part stands: .tar when finished, .tar.part while its one worker writes it."""
-        return self.root / ("shards" if split == TRAIN else "val") / f"{shard_id:08d}{suffix}"
-
     # ---- owners ----
-
-    def is_alive(self, owner: str | None) -> bool:
-        """Whether the process of this id still holds its lock. No clocks, and no process id that could be reused."""
-        return owner is not None and is_locked(self.root / "owners" / f"{owner}.lock")
 
     def sweep(self) -> None:
         """Put right what dead workers left: their unfinished files and reservations go, their cursors are free."""
@@ -175,7 +132,12 @@ class Lake:
         self.db.execute("UPDATE tars SET owner = NULL WHERE owner = ?", (owner,))
 
     def begin_shard(self, owner: str, num_bytes: int, split: str = TRAIN) -> int | None:
-        """Reserve `num_bytes` under the cap: the new shard's id, or None if the anchor is begun. Raises LakeFull."""
+        """Reserve `num_bytes` under the cap: the new shard's id, or None if the anchor is begun. Raises LakeFull.
+
+        Where there is no room, spare shards make it, the most-used first: those that nobody holds, and that have a
+        whole pass in the second-newest checkpoint.
+        """
+        self._push_out(num_bytes)
         with self.transaction():
             if split == ANCHOR and self._sum("1", "split = 'anchor'"):
                 return None
@@ -188,6 +150,23 @@ class Lake:
             )
         crash_point("shard-reserved")
         return shard_id
+
+    def _push_out(self, num_bytes: int) -> None:
+        """Retire spare shards until `num_bytes` fit; none if even all of them would not be enough."""
+        with self.transaction():
+            missing = self.used_bytes() + num_bytes - self.cap_bytes()
+            if not 0 < missing <= self._sum("num_bytes", SPARE):
+                return
+            rows = self.db.execute(f"SELECT id, num_bytes FROM shards WHERE {SPARE} ORDER BY num_uses DESC, id")
+            for row in rows.fetchall():
+                if missing > 0:
+                    missing -= row["num_bytes"]
+                    self._retire(row["id"])
+        crash_point("shard-pushed-out")
+        self.finish_retiring()
+
+    def _retire(self, shard_id: int, split: str = TRAIN) -> None:
+        self.db.execute("UPDATE shards SET state = 'retiring' WHERE id = ? AND split = ?", (shard_id, split))
 
     def publish(
         self,
@@ -239,6 +218,14 @@ class Lake:
                 self._add(name, count)
         crash_point("shard-ready")
 
+    def _add(self, name: str, count: int) -> int:
+        """Add to a total and return its new value."""
+        return self.db.execute(
+            "INSERT INTO totals VALUES (?, ?)"
+            " ON CONFLICT (name) DO UPDATE SET value = value + excluded.value RETURNING value",
+            (name, count),
+        ).fetchone()["value"]
+
     def _fsync_folders(self) -> None:
         fsync_folder(self.root / "shards")
         fsync_folder(self.root / "val")
@@ -250,43 +237,57 @@ class Lake:
 
     # ---- training ----
 
-    def begin_run(self, owner: str, run: str, coverage: Mapping[int, bytes]) -> list[Shard]:
+    def begin_run(
+        self, owner: str, run: str, coverage: Mapping[int, bytes], uses: Mapping[int, int] = NO_USES
+    ) -> list[Shard]:
         """Take up a training history: what its surviving checkpoint covers stays covered, all else is ready again.
 
         Shards that `coverage` names are leased to `owner`, in its order, and returned; the clips that the checkpoint
         does not contain are the ones to read. Other shards of this run go back. So do the shards of dead trainers of
-        other runs, less what their newest durable checkpoint covered.
+        other runs, less what their newest durable checkpoint covered. `uses` holds the whole passes of each shard
+        before the one that `coverage` tells of, where there are any. A shard that the checkpoint covers, and that was
+        given back or retired since, is not taken up again.
         """
         self.finish_retiring()
+        taken_from_the_dead = set()
         with self.transaction():
             for row in self.db.execute(
                 "SELECT * FROM shards WHERE run IS NOT NULL AND state IN ('ready', 'leased')"
             ).fetchall():
                 if self.is_alive(row["owner"]):
                     continue
-                covered = row["covered"] if row["run"] != run else None
-                self._set_coverage(row["id"], covered)
+                is_ours = row["run"] == run
+                if is_ours and row["state"] == "leased":
+                    taken_from_the_dead.add(row["id"])
+                covered, num_uses = (None, row["num_safe_uses"]) if is_ours else (row["covered"], row["num_uses"])
+                self._set_coverage(row["id"], covered, num_uses)
                 self.db.execute(
                     "UPDATE shards SET state = 'ready', owner = NULL WHERE id = ? AND split = 'train'", (row["id"],)
                 )
             for shard_id, covered in coverage.items():
+                num_uses = uses.get(shard_id, 0)
                 row = self.db.execute(
-                    "SELECT state FROM shards WHERE id = ? AND split = 'train'", (shard_id,)
+                    "SELECT * FROM shards WHERE id = ? AND split = 'train' AND state = 'ready'", (shard_id,)
                 ).fetchone()
-                if row is not None and row["state"] == "ready":
-                    self._set_coverage(shard_id, covered)
-                    self._lease(shard_id, owner, run)
+                if row is None:
+                    continue
+                is_over = row["run"] != run or _num_bits(covered) == row["num_clips"]
+                if row["num_uses"] > num_uses and is_over and shard_id not in taken_from_the_dead:
+                    continue  # it was given back, or somebody else is at a later pass
+                self._set_coverage(shard_id, covered, num_uses)
+                self._lease(shard_id, owner, run)
             return [s for i in coverage for s in self._shards("id = ? AND owner = ? AND state = 'leased'", i, owner)]
 
     def lease(self, owner: str, run: str) -> Shard | None:
-        """The oldest ready train shard, now this trainer's alone; None if there is none."""
+        """The oldest of the least-used ready train shards, now this trainer's alone; None if there is none."""
         with self.transaction():
             row = self.db.execute(
-                "SELECT min(id) AS id FROM shards WHERE state = 'ready' AND split = 'train'"
+                "SELECT id FROM shards WHERE state = 'ready' AND split = 'train' ORDER BY num_uses, id LIMIT 1"
             ).fetchone()
-            if row["id"] is None:
+            if row is None:
                 return None
             self._lease(row["id"], owner, run)
+            self.db.execute("UPDATE shards SET num_safe_uses = num_uses WHERE id = ? AND split = 'train'", (row["id"],))
             (shard,) = self._shards("id = ? AND split = 'train'", row["id"])
         crash_point("lease-taken")
         return shard
@@ -298,11 +299,12 @@ class Lake:
             (owner, run, shard_id),
         )
 
-    def _set_coverage(self, shard_id: int, covered: bytes | None) -> None:
-        num_covered = int.from_bytes(covered or b"", "little").bit_count()
+    def _set_coverage(self, shard_id: int, covered: bytes | None, num_uses: int) -> None:
+        num_covered = _num_bits(covered or b"")
         self.db.execute(
-            "UPDATE shards SET covered = ?, num_covered = ?, num_read = ? WHERE id = ? AND split = 'train'",
-            (covered, num_covered, num_covered, shard_id),
+            "UPDATE shards SET covered = ?, num_covered = ?, num_read = ?, num_uses = ?"
+            " WHERE id = ? AND split = 'train'",
+            (covered, num_covered, num_covered, num_uses, shard_id),
         )
 
     def report_read(self, num_read: Mapping[int, int]) -> None:
@@ -313,29 +315,54 @@ class Lake:
                 [(count, shard_id) for shard_id, count in num_read.items()],
             )
 
-    def record_checkpoint(self, owner: str, coverage: Mapping[int, bytes]) -> list[int]:
+    def record_checkpoint(
+        self, owner: str, coverage: Mapping[int, bytes], uses: Mapping[int, int] = NO_USES, is_kept: bool = False
+    ) -> list[int]:
         """Book a checkpoint that is durable and was read back. Returns the train shards that are gone with it.
 
         A shard goes when the second-newest checkpoint covers it: should the newest turn out damaged, the one before
-        still accounts for every clip.
+        still accounts for every clip. Leases that `coverage` does not name stay as they are: the trainer reads ahead.
+        With `is_kept` none goes. `uses` as in `begin_run`.
         """
         with self.transaction():
-            rows = self.db.execute(
-                "SELECT id, num_clips, num_covered FROM shards WHERE state = 'leased' AND owner = ?", (owner,)
-            ).fetchall()
+            leased = "SELECT * FROM shards WHERE state = 'leased' AND owner = ?"
+            rows = [row for row in self.db.execute(leased, (owner,)).fetchall() if row["id"] in coverage]
             for row in rows:
-                self._set_coverage(row["id"], coverage.get(row["id"]))
-            covered_twice = [row["id"] for row in rows if row["num_covered"] == row["num_clips"]]
-            self.db.executemany(
-                "UPDATE shards SET state = 'retiring' WHERE id = ? AND split = 'train'", [(i,) for i in covered_twice]
-            )
+                self._set_coverage(row["id"], coverage[row["id"]], uses.get(row["id"], 0))
+                safe = row["num_uses"] + (row["num_covered"] == row["num_clips"])
+                self.db.execute(
+                    "UPDATE shards SET num_safe_uses = ? WHERE id = ? AND split = 'train'", (safe, row["id"])
+                )
+            covered_twice = [row["id"] for row in rows if row["num_covered"] == row["num_clips"] and not is_kept]
+            for shard_id in covered_twice:
+                self._retire(shard_id)
         crash_point("checkpoint-recorded")
         self.finish_retiring()
         return covered_twice
 
+    def give_back(self, owner: str, shard_ids: Iterable[int]) -> None:
+        """These shards, whose pass is over, are ready for the next, or to make room."""
+        with self.transaction():
+            for shard_id in shard_ids:
+                self.db.execute(
+                    "UPDATE shards SET state = 'ready', owner = NULL, covered = NULL, num_covered = 0, num_read = 0,"
+                    " num_uses = num_uses + 1, num_safe_uses = num_uses + 1"
+                    " WHERE id = ? AND split = 'train' AND owner = ? AND num_covered = num_clips",
+                    (shard_id, owner),
+                )
+        crash_point("shard-given-back")
+
+    def spare(self, owner: str) -> set[int]:
+        """Leases of which the second-newest checkpoint contains a whole pass."""
+        rows = self.db.execute("SELECT id FROM shards WHERE state = 'leased' AND owner = ? AND num_safe_uses", (owner,))
+        return {row["id"] for row in rows.fetchall()}
+
     def finish_retiring(self) -> None:
         """Delete the files of retiring shards, then turn their rows into totals; also after a kill in between."""
-        rows = self.db.execute("SELECT id, split, num_clips FROM shards WHERE state = 'retiring'").fetchall()
+        rows = self.db.execute(
+            f"SELECT id, split, num_clips, {TRAINED} AS trained, {TRAINED_AGAIN} AS again"
+            " FROM shards WHERE state = 'retiring'"
+        ).fetchall()
         for row in rows:
             self.path(row["id"], row["split"]).unlink(missing_ok=True)
         if rows:
@@ -346,7 +373,11 @@ class Lake:
                 gone = self.db.execute(
                     "DELETE FROM shards WHERE id = ? AND split = ? AND state = 'retiring'", (row["id"], row["split"])
                 ).rowcount
-                self._add("trained" if row["split"] == TRAIN else "retired validation", gone * row["num_clips"])
+                if row["split"] == TRAIN:
+                    self._add("trained", gone * row["trained"])
+                    self._add("trained again", gone * row["again"])
+                else:
+                    self._add("retired validation", gone * row["num_clips"])
         if rows:
             crash_point("shard-retired")
 
@@ -389,129 +420,12 @@ class Lake:
             for row in rows:
                 kept += row["num_clips"]
                 if kept > num_clips_to_keep:
-                    self.db.execute(
-                        "UPDATE shards SET state = 'retiring' WHERE id = ? AND split = ?", (row["id"], RECENT)
-                    )
+                    self._retire(row["id"], RECENT)
         self.finish_retiring()
 
-    # ---- looking ----
 
-    def _add(self, name: str, count: int) -> int:
-        """Add to a total and return its new value."""
-        return self.db.execute(
-            "INSERT INTO totals VALUES (?, ?)"
-            " ON CONFLICT (name) DO UPDATE SET value = value + excluded.value RETURNING value",
-            (name, count),
-        ).fetchone()["value"]
-
-    def statistics(self, num_shards: int) -> list[dict[str, Any]]:
-        """What was noted of the newest shards, oldest first, with `id` and `time` (unix seconds)."""
-        rows = self.db.execute("SELECT * FROM statistics ORDER BY id DESC LIMIT ?", (num_shards,)).fetchall()
-        return [{"id": row["id"], "time": row["time"], **json.loads(row["content"])} for row in reversed(rows)]
-
-    def totals(self) -> Counter[str]:
-        """Everything that is only counted: clips cut and trained, recordings, skips by reason."""
-        return Counter(dict(self.db.execute("SELECT name, value FROM totals").fetchall()))
-
-    def setting(self, name: str) -> str:
-        """A field of the lake's identity, one of its limits, or `id`, which no other lake has."""
-        return self.db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()["value"]
-
-    def cap_bytes(self) -> int:
-        """The hard limit on `used_bytes`."""
-        return int(self.setting("cap_bytes"))
-
-    def used_bytes(self) -> int:
-        """Bytes that are written or reserved: never above the cap."""
-        return self._sum("num_bytes", "1")
-
-    def has_room(self) -> bool:
-        """Whether another shard could be begun now."""
-        return self.used_bytes() + int(self.setting("reservation_bytes")) <= self.cap_bytes()
-
-    def unread_clips(self) -> int:
-        """Train clips that no trainer has been handed yet: the level of the reservoir."""
-        return self._sum("num_clips - num_read", "split = 'train' AND state IN ('ready', 'leased')")
-
-    def _sum(self, column: str, condition: str) -> int:
-        return self.db.execute(f"SELECT coalesce(sum({column}), 0) FROM shards WHERE {condition}").fetchone()[0]
-
-    def tar_states(self) -> Counter[str]:
-        """Source tars by state; `free` counts those that a new worker could take."""
-        states = Counter(dict(self.db.execute("SELECT state, count(*) FROM tars GROUP BY state").fetchall()))
-        free = "SELECT count(*) FROM tars WHERE owner IS NULL AND state IN ('waiting', 'open')"
-        return states + Counter(free=self.db.execute(free).fetchone()[0])
-
-    def is_drained(self) -> bool:
-        """Whether no train shard will come any more: all tars are read, none is being written and none is ready."""
-        states = self.tar_states()
-        is_coming = self._sum("1", "state = 'writing' OR (state = 'ready' AND split = 'train')")
-        return not (states["waiting"] or states["open"] or is_coming)
-
-    def anchor_groups(self) -> set[str]:
-        """Recordings, or videos, with clips in the anchor validation."""
-        rows = self.db.execute("SELECT name FROM anchor_groups").fetchall()
-        return {bytes.fromhex(row["name"]).decode(errors="surrogatepass") for row in rows}
-
-    def has_anchor(self) -> bool:
-        """Whether the anchor validation is finished, or none is wanted."""
-        return bool(self._sum("1", "split = 'anchor' AND state = 'ready'")) or int(self.setting("val_clips")) == 0
-
-    def ready(self, split: str) -> list[Shard]:
-        """Finished shards of one split that nobody holds, oldest first."""
-        return self._shards("split = ? AND state = 'ready'", split)
-
-    def _shards(self, condition: str, *values: object) -> list[Shard]:
-        rows = self.db.execute(f"SELECT * FROM shards WHERE {condition} ORDER BY id", values).fetchall()
-        return [
-            Shard(r["id"], r["split"], self.path(r["id"], r["split"]), r["num_clips"], r["sha256"], r["covered"] or b"")
-            for r in rows
-        ]
-
-    def books(self) -> Books:
-        """Where every clip is. One transaction, so the sums belong together."""
-        with self.transaction():
-            totals = self.totals()
-            return Books(
-                cut=totals["cut"],
-                ready=self._sum("num_clips - num_covered", "split = 'train' AND state = 'ready'"),
-                leased=self._sum("num_clips - num_covered", "split = 'train' AND state IN ('leased', 'retiring')"),
-                trained=self._sum("num_covered", "split = 'train'") + totals["trained"],
-                validation=self._sum("num_clips", "split != 'train' AND state IN ('ready', 'retiring')"),
-                retired_validation=totals["retired validation"],
-                quarantined=self._sum("num_clips - num_covered", "state = 'quarantined'"),
-            )
-
-    def disagreements(self) -> list[str]:
-        """What ledger and folders say differently, and books that do not balance; empty if all is well.
-
-        Shards that a living worker is writing are left out: their files come and go.
-        """
-        found = [f"the books are off by {self.books().balance()} clips"] if self.books().balance() else []
-        with self.transaction():  # nothing is published, leased or retired while we look
-            rows = self.db.execute("SELECT * FROM shards WHERE state != 'quarantined'").fetchall()
-            files = _sizes(self.root / "shards") | _sizes(self.root / "val")
-        expected = {self.path(r["id"], r["split"]): r["num_bytes"] for r in rows if r["state"] in ("ready", "leased")}
-        writing = {f"{r['id']:08d}" for r in rows if r["state"] == "writing" and self.is_alive(r["owner"])}
-        retiring = {f"{r['id']:08d}" for r in rows if r["state"] == "retiring"}
-        for path, num_bytes in expected.items():
-            if path not in files:
-                found.append(f"{path} is in the ledger, but there is no such file")
-            elif files[path] != num_bytes:
-                found.append(f"{path} has {files[path]} bytes, the ledger says {num_bytes}")
-        for path in files.keys() - expected.keys():
-            if path.name.split(".")[0] not in writing | retiring:
-                found.append(f"{path} is on the disk, but not in the ledger")
-        return found
-
-
-def _sizes(folder: Path) -> dict[Path, int]:
-    """Bytes of each file; one that goes while we look is left out."""
-    sizes = {}
-    for path in folder.iterdir():
-        with suppress(FileNotFoundError):
-            sizes[path] = path.stat().st_size
-    return sizes
+def _num_bits(covered: bytes) -> int:
+    return int.from_bytes(covered, "little").bit_count()
 
 
 def _fsync_file(path: Path) -> None:

@@ -1,9 +1,9 @@
 """The distillation loss, as published: be near the teacher, be arranged like it, be nearest to your own teacher.
 
 in:   embeddings of the same clips by student and teacher, float32, and the three weights
-out:  a dict of scalars; "loss" is their weighted sum and has the gradient
+out:  a dict of scalars; "loss" is their weighted sum and has the gradient; and how well the two agree
 
-B clips   E embedding
+B clips   n clips of a validation set   E embedding
 """
 
 from dataclasses import asdict, dataclass
@@ -67,3 +67,17 @@ def distill_loss(
         }
         loss = sum(weight * terms[name] for name, weight in asdict(weights).items())
     return {"loss": loss, **terms, "cosine": (s * t).sum(dim=1).mean().detach()}
+
+
+def agreement(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+    """[n, E], [n, E] -> scalars mse, explained_variance, centred_cosine; 1 is perfect in the last two.
+
+    Both are measured from the teacher's mean over the n clips, so a student that only knows this mean has 0.
+    """
+    mse = (student - teacher).square().mean()
+    centred = teacher - teacher.mean(dim=0)
+    return {
+        "mse": mse,
+        "explained_variance": 1 - mse / centred.square().mean(),
+        "centred_cosine": F.cosine_similarity(student - teacher.mean(dim=0), centred).mean(),
+    }

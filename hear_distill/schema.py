@@ -31,6 +31,8 @@ CREATE TABLE IF NOT EXISTS shards (
     sha256 TEXT,
     covered BLOB,                                -- a bit per clip: trained on in the newest durable checkpoint
     num_covered INTEGER NOT NULL DEFAULT 0,
+    num_uses INTEGER NOT NULL DEFAULT 0,         -- whole passes that the newest checkpoint contains, besides `covered`
+    num_safe_uses INTEGER NOT NULL DEFAULT 0,    -- the same of the checkpoint before: with one, a shard can make room
     num_read INTEGER NOT NULL DEFAULT 0,         -- handed to the trainer so far; a report, no authority
     problem TEXT,
     PRIMARY KEY (id, split)
@@ -93,7 +95,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Shard:
-    """A finished shard as a trainer sees it. `covered` holds a bit per clip, least significant first."""
+    """A finished shard as a trainer sees it. `covered` holds a bit per clip, least significant first, of the pass after
+    `num_uses` whole ones."""
 
     id: int
     split: str
@@ -101,11 +104,16 @@ class Shard:
     num_clips: int
     sha256: str
     covered: bytes
+    num_uses: int
 
 
 @dataclass(frozen=True)
 class Books:
-    """Where every clip that was ever cut is now. `cut` is counted on its own; the others must add up to it."""
+    """Where every clip that was ever cut is now. `cut` is counted on its own; the others must add up to it.
+
+    `trained` counts a clip once, however often it is used; every later use of one is in `trained_again`, which is
+    outside the sum. A shard with a whole pass behind it is all `trained`, whether it is leased or ready.
+    """
 
     cut: int
     ready: int
@@ -114,10 +122,12 @@ class Books:
     validation: int
     retired_validation: int
     quarantined: int
+    trained_again: int
 
     def __str__(self) -> str:
-        cut, *parts = asdict(self).items()
-        return f"{cut[1]} clips cut = " + " + ".join(f"{count} {name.replace('_', ' ')}" for name, count in parts)
+        cut, *parts, again = asdict(self).items()
+        text = f"{cut[1]} clips cut = " + " + ".join(f"{count} {name.replace('_', ' ')}" for name, count in parts)
+        return f"{text}; {again[1]} trained again" if again[1] else text
 
     def balance(self) -> int:
         """Clips that are unaccounted for; 0 unless something is wrong."""

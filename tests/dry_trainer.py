@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hear_distill import cli
-from hear_distill.data import LakeReader
+from hear_distill.data import Drawing, LakeReader
 from hear_distill.files import write_json
 from hear_distill.lake import Lake
 from hear_distill.locks import Owner, alone
@@ -45,7 +45,7 @@ def load(config: Config) -> dict:
     """The last checkpoint, or the beginning of a run."""
     path = config.out / "state.json"
     if not path.exists():
-        return {"run": uuid.uuid4().hex, "step": 0, "num_batches": 0, "coverage": {}}
+        return {"run": uuid.uuid4().hex, "step": 0, "num_batches": 0, "coverage": {}, "uses": {}}
     state = json.loads(path.read_text())
     return state | {"coverage": {int(shard_id): bytes.fromhex(bits) for shard_id, bits in state["coverage"].items()}}
 
@@ -55,11 +55,12 @@ def main(config: Config) -> None:
     with alone(config.out / "lock", f"{config.out} is being trained by another process"):
         state, lake = load(config), Lake.open(config.lake)
         run, step, owner = state["run"], state["step"], Owner(lake.root, "train")
-        reader = LakeReader(lake, owner, run=run, seed=0, num_open=2, state=state)
+        drawing = Drawing(run=run, seed=0, num_open=2, batch_size=config.batch_size)
+        reader = LakeReader(lake, owner, drawing, state)
         heartbeat, turns, num_saves = Heartbeat(config.out / "progress.json", "train"), 0, 0
         while not stop:
             turns += 1
-            batch = reader.next_batch(config.batch_size)
+            batch = reader.next_batch()
             heartbeat.beat(turns, step=step, steps=0, is_waiting=batch is None)
             if batch is not None:
                 reader.mark_trained(batch.ids)

@@ -19,6 +19,8 @@ import time
 import wave
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from concurrent.futures import wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +28,7 @@ import numpy as np
 import soundfile
 from reference.chunker import Clips
 
-from hear_distill.data import LakeReader
+from hear_distill.data import Batch, Drawing, LakeReader
 from hear_distill.files import write_json
 from hear_distill.lake import Lake
 from hear_distill.locks import Owner
@@ -173,6 +175,38 @@ def assert_in_order(root: Path) -> Lake:
     return lake
 
 
+# ---- readers ----
+
+
+def filled_lake(root: Path, *sizes: int) -> Lake:
+    """A lake whose source is finished, with train shards of so many clips, ids from 0."""
+    lake = make_lake(root)
+    lake.db.execute("UPDATE tars SET state = 'done'")
+    for num_clips in sizes:
+        add_shard(lake, num_clips)
+    return lake
+
+
+def batches_of(reader: LakeReader, count: int = 10_000) -> list[Batch]:
+    """Up to `count` batches, each marked as trained; copies, as the reader fills its buffers again."""
+    batches = []
+    while len(batches) < count and (batch := reader.next_batch()) is not None:
+        reader.mark_trained(batch.ids)
+        batches.append(replace(batch, samples=batch.samples.copy()))
+    return batches
+
+
+def die(reader: LakeReader) -> None:
+    """Drop the lock and do nothing more, as after a kill; nothing is given back."""
+    wait(reader.ahead)
+    reader.owner.file.close()
+
+
+def ids_of(batches: list[Batch]) -> Counter[tuple[int, int]]:
+    """How often each (shard, clip) was handed out."""
+    return Counter(clip for batch in batches for clip in batch.ids)
+
+
 # ---- processes ----
 
 
@@ -228,39 +262,47 @@ def start_python(code: str, *arguments: object) -> "subprocess.Popen[str]":
 # ---- a trainer ----
 
 
-def play_trainer(root: Path, out: Path, batch_size: int) -> None:
+def play_trainer(root: Path, out: Path, batch_size: int, reuse_batches: int = 0) -> None:
     """A trainer without a model, until the lake is drained: it writes down the hash of each clip that it was given.
+
+    With `reuse_batches` it uses shards again, and stops after so many batches in all.
 
     <out>/latest.json holds that history and the state of the reader, replaced whole every second batch; previous.json
     is the one before it, taken up if latest.json is damaged.
     """
     lake, owner, saved = Lake.open(root), Owner(root, "train"), newest_checkpoint(out)
-    reader = LakeReader(lake, owner, run="toy", seed=3, num_open=3, state=saved and saved["reader"])
-    history = saved["history"] if saved else []
+    history, state = (saved["history"], saved["reader"]) if saved else ([], None)
 
-    def save() -> None:
+    def save(reader: LakeReader) -> None:
         if (last := read_checkpoint(out / "latest.json")) is not None:
             write_checkpoint(out / "previous.json", last)
         write_checkpoint(out / "latest.json", {"history": history, "reader": reader.state()})
         reader.record_checkpoint()
 
-    while not (reader.is_drained() and reader.num_unread() == 0):
-        batch = reader.next_batch(batch_size) or reader.next_batch(1)
-        if batch is None:
-            time.sleep(0.02)
-            continue
-        reader.mark_trained(batch.ids)
-        history += [hash_of(samples.tobytes()) for samples in batch.samples]
-        if reader.num_batches % 2 == 0:
-            save()
-    for _ in range(2):
-        save()
+    for size in (batch_size,) if reuse_batches else (batch_size, 1):  # then the remainder
+        drawing = Drawing(run="toy", seed=3, num_open=3, batch_size=size, reuse=reuse_batches > 0)
+        reader = LakeReader(lake, owner, drawing, state)
+        while not (reuse_batches and reader.num_batches >= reuse_batches):
+            batch = reader.next_batch()
+            if batch is None and reader.is_drained():
+                break
+            if batch is None:
+                time.sleep(0.02)
+                continue
+            reader.mark_trained(batch.ids)
+            history += [hash_of(samples.tobytes()) for samples in batch.samples]
+            if reader.num_batches % 2 == 0:
+                save(reader)
+        for _ in range(2):
+            save(reader)
+        state = reader.state()
+        reader.close()
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """As JSON, whole or absent."""
     coverage = {shard_id: covered.hex() for shard_id, covered in state["reader"]["coverage"].items()}
-    write_json(path, {**state, "reader": {**state["reader"], "coverage": coverage}})
+    write_json(path, {**state, "reader": {**state["reader"], "coverage": coverage}})  # numbers become text as keys
 
 
 def read_checkpoint(path: Path) -> dict[str, Any] | None:
@@ -270,7 +312,8 @@ def read_checkpoint(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, json.JSONDecodeError):
         return None
     coverage = {int(shard_id): bytes.fromhex(covered) for shard_id, covered in state["reader"]["coverage"].items()}
-    return {**state, "reader": {**state["reader"], "coverage": coverage}}
+    uses = {int(shard_id): count for shard_id, count in state["reader"]["uses"].items()}
+    return {**state, "reader": {**state["reader"], "coverage": coverage, "uses": uses}}
 
 
 def newest_checkpoint(out: Path) -> dict[str, Any] | None:
@@ -287,5 +330,5 @@ PLAY_TRAINER = """
 import sys
 from pathlib import Path
 from lake_tools import play_trainer
-play_trainer(Path(sys.argv[1]), Path(sys.argv[2]), batch_size=5)
+play_trainer(Path(sys.argv[1]), Path(sys.argv[2]), 5, *map(int, sys.argv[3:]))
 """

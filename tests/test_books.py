@@ -101,7 +101,7 @@ def test_the_books_name_each_place_once(tmp_path):
     lake.quarantine(ids[2], "train", "broken")
     assert asdict(lake.books()) == {
         **{"cut": 63, "ready": 8, "leased": 1, "trained": 2, "validation": 16},
-        **{"retired_validation": 32, "quarantined": 4},
+        **{"retired_validation": 32, "quarantined": 4, "trained_again": 0},
     }
 
 
@@ -140,6 +140,8 @@ def bits(clips: frozenset[int]) -> bytes:
 class Walk:
     """The lake, the model, and the things that can happen to both."""
 
+    entry_type, trainer_type = Entry, Trainer
+
     def __init__(self, lake: Lake, seed: int) -> None:
         self.lake, self.rng = lake, random.Random(seed)
         self.entries: dict[tuple[int, str], Entry] = {}
@@ -147,7 +149,7 @@ class Walk:
         """id -> whether its worker lives"""
         self.totals: Counter[str] = Counter()
         self.worker = Owner(lake.root, "stream")
-        self.trainers = [Trainer(run, Owner(lake.root, "train")) for run in ("one", "two")]
+        self.trainers = [self.trainer_type(run, Owner(lake.root, "train")) for run in ("one", "two")]
         self.num_full = 0
 
     # ---- what can happen ----
@@ -176,7 +178,7 @@ class Walk:
             with self.lake.path(shard_id, split, ".tar.part").open("wb") as f:
                 f.truncate(shard_bytes(num_clips))
             parts.append(Part(split, num_clips, shard_bytes(num_clips), "hash"))
-            self.entries[shard_id, split] = Entry(split, num_clips)
+            self.entries[shard_id, split] = self.entry_type(split, num_clips)
             self.totals["cut"] += num_clips
         self.lake.publish(shard_id, parts, [], Counter())
 
@@ -278,7 +280,7 @@ class Walk:
             books[place] += entry.num_clips - len(entry.covered)
             books["trained"] += len(entry.covered)
         names = ("cut", "ready", "leased", "trained", "validation", "retired_validation", "quarantined")
-        return {name: books[name] for name in names}
+        return {name: books[name] for name in (*names, "trained_again")}
 
     def check(self) -> None:
         """Ledger, folders and model agree."""

@@ -45,7 +45,7 @@ FLAGS = {
             "lr",
             "warmup-steps",
         ),
-        *("decay-steps", "weight-decay", "open-shards", "save-every", "log-every", "resume", "seed"),
+        *("decay-steps", "weight-decay", "open-shards", "consume", "save-every", "log-every", "resume", "seed"),
         *("model.width", "model.blocks", "model.heads", "model.mlp-width", "model.embedding-width"),
         *("model.canon", "model.canon-kernel", "model.canon-dims", "model.positions"),
         *("loss.mse", "loss.relational", "loss.contrastive"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hear_distill.losses import LossWeights, distill_loss
+from hear_distill.losses import LossWeights, agreement, distill_loss
 from tests.reference import losses as by_the_book
 
 WEIGHTS = LossWeights(mse=0.3, relational=5.0, contrastive=0.7)
@@ -98,3 +98,23 @@ def test_what_cannot_be_compared_is_refused(student, teacher, message):
 def test_negative_or_missing_weights_are_refused(weights):
     with pytest.raises(ValueError, match="loss weights must not be negative"):
         LossWeights(**weights)
+
+
+def test_agreement_is_measured_from_the_mean_of_the_teacher():
+    rng = np.random.default_rng(3)
+    teacher = rng.normal(5.0, 2.0, (7, 4))
+    student = 0.5 * teacher + rng.normal(2.0, 1.0, (7, 4))
+    found = agreement(torch.from_numpy(student), torch.from_numpy(teacher))
+    errors = spread = 0.0
+    cosines = []
+    for ours, theirs in zip(student, teacher, strict=True):
+        a, b = ours - teacher.mean(0), theirs - teacher.mean(0)
+        errors += ((ours - theirs) ** 2).sum()
+        spread += (b**2).sum()
+        cosines.append(a @ b / np.sqrt((a @ a) * (b @ b)))
+    expected = {"mse": errors / 28, "explained_variance": 1 - errors / spread, "centred_cosine": np.mean(cosines)}
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(expected)
+    mean = torch.from_numpy(teacher).mean(0).expand(7, 4)
+    assert {name: float(value) for name, value in agreement(mean, torch.from_numpy(teacher)).items()} == pytest.approx(
+        {"mse": spread / 28, "explained_variance": 0.0, "centred_cosine": 0.0}
+    )
