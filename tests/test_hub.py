@@ -31,7 +31,6 @@ from hub_faults import (
 )
 from hub_server import HubServer
 from lake_tools import (
-    ROOT,
     STREAMER,
     TIMEOUT_S,
     assert_exactly_once,
@@ -82,7 +81,7 @@ def start(hub: HubServer, lake: Path, *flags: object, token: str | None = None, 
     return subprocess.Popen(
         command,
         cwd=lake.parent,  # no .env there
-        env={**hub.environment(lake.parent / "home", token), "PYTHONPATH": str(ROOT), **environment},
+        env={**hub.environment(lake.parent / "home", token), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
