@@ -52,7 +52,7 @@ TOKEN = "hf_thisIsTheSecretOfTheUser"
 IMPATIENT = f"""
 import runpy, sys
 from hear_distill import remote
-remote.FIRST_WAIT_S = 0.01
+remote.FIRST_WAIT_S, remote.MAX_WAIT_S = 0.01, 0.05
 sys.argv[0] = {str(STREAMER)!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
