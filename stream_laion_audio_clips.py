@@ -299,8 +299,8 @@ def check(config: Config) -> None:
 
 
 def main(config: Config) -> None:
-    stop = StopRequest()
     source, lake = join_lake(config)
+    stop = StopRequest()  # before, while the source is listed, there is nothing in hand: a signal ends it at once
     worker = Worker(config, source, lake, Owner(lake.root, "stream"), stop)
     lake.sweep()
     reason = "no tar is left to read"
