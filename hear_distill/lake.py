@@ -29,7 +29,7 @@ from typing import Any
 
 from hear_distill.files import UserError, crash_point, fsync_folder, make_folder
 from hear_distill.locks import is_locked
-from hear_distill.schema import ANCHOR, RECENT, SCHEMA, TRAIN, Books, Cursor, Identity, Part, Shard
+from hear_distill.schema import ANCHOR, RECENT, SCHEMA, SCHEMA_VERSION, TRAIN, Books, Cursor, Identity, Part, Shard
 
 LOCK_WAIT_S = 60.0
 
@@ -63,10 +63,17 @@ class Lake:
 
     @classmethod
     def find(cls, root: Path) -> "Lake | None":
-        """The lake at `root`, or None if there is none yet."""
+        """The lake at `root`, or None if there is none yet. Raises UserError if its ledger has other tables."""
         lake = cls(root) if (root / "ledger.sqlite").exists() else None
-        is_made = lake and lake.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'totals'").fetchone()
-        return lake if is_made else None
+        if lake is None or not lake.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'totals'").fetchone():
+            return None
+        (version,) = lake.db.execute("PRAGMA user_version").fetchone()
+        if version != SCHEMA_VERSION:
+            raise UserError(
+                f"the ledger of {root} has version {version}, expected {SCHEMA_VERSION}: other code than this "
+                f"made it; go on with that one, choose another --lake or, if nothing was trained from it yet, delete it"
+            )
+        return lake
 
     @classmethod
     def create(cls, root: Path, identity: Identity, tars: Mapping[str, int], **limits: int | str) -> "Lake":
@@ -90,6 +97,7 @@ class Lake:
             found = {name: settings[name] for name in wanted if name in settings}
             if not found:
                 order = permuted(list(tars), identity.seed)[identity.node_rank :: identity.num_nodes]
+                lake.db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
                 lake.db.executemany("INSERT INTO settings VALUES (?, ?)", [*wanted.items(), ("id", uuid.uuid4().hex)])
                 rows = [(position, name, tars[name]) for position, name in enumerate(order)]
                 lake.db.executemany("INSERT INTO tars (position, name, num_bytes) VALUES (?, ?, ?)", rows)
