@@ -176,9 +176,10 @@ class Worker:
             target = min(self.config.val_clips, draft.num_clips() + share)
             while (room := target - draft.num_clips()) > 0:
                 self.look()
-                if not reader.advance(draft, room, lambda group: ANCHOR):
-                    break
+                has_more = reader.advance(draft, room, lambda group: ANCHOR)
                 self.check_source(draft.counts)
+                if not has_more:
+                    break
             reader.close()  # one connection at a time
         self.readers.clear()  # other workers may take these tars as soon as the cursors are published
         return draft
@@ -193,10 +194,7 @@ class Worker:
             found = f"only {seen['recordings'] - num_broken} of the first {seen['recordings']} recordings"
         else:
             return
-        raise SourceBroken(
-            f"{found} of {self.config.source} can be read: {report(seen)}; "
-            f"look at the source, nothing was written from them"
-        )
+        raise SourceBroken(f"{found} of {self.config.source} can be read: {report(seen)}; look at the source")
 
     def write(self, shard_id: int, draft: Draft, anchor_groups: Iterable[str]) -> None:
         """Permute the clips, write the parts and publish them with the cursors."""
@@ -301,8 +299,8 @@ def check(config: Config) -> None:
 
 
 def main(config: Config) -> None:
-    stop = StopRequest()
     source, lake = join_lake(config)
+    stop = StopRequest()  # before, while the source is listed, there is nothing in hand: a signal ends it at once
     worker = Worker(config, source, lake, Owner(lake.root, "stream"), stop)
     lake.sweep()
     reason = "no tar is left to read"

@@ -49,6 +49,8 @@ def run(
         lines = (" ".join(line.split()) for line in str(e).splitlines())
         print("error: " + "; ".join(filter(None, lines)), file=sys.stderr)
         sys.exit(e.exit_code)
+    except KeyboardInterrupt:  # before the stage listens for it, so nothing was in hand
+        sys.exit("interrupted")
 
 
 def parse(

@@ -22,7 +22,7 @@ from hear_distill.audio import CLIP_SAMPLES, SAMPLE_RATE, DecodeError, clip_star
 from hear_distill.schema import ANCHOR, RECENT, TRAIN, Cursor
 from hear_distill.shards import Clip, recording_hash
 from hear_distill.sources import Source
-from hear_distill.tars import Recording, Tar, TarBroken, read_recordings
+from hear_distill.tars import Recording, Stream, Tar, TarBroken, read_recordings
 
 MIN_SHORT_SAMPLES = int(0.3 * SAMPLE_RATE)  # of `keep_short`: the shortest cough that is worth two seconds
 HELD_SAMPLES = 15 * 60 * SAMPLE_RATE  # 29 MB for each open tar; a longer recording is decoded twice rather than held
@@ -138,6 +138,17 @@ class Draft:
         }
 
 
+class _Watched:
+    """A stream that looks up before each read: hundreds of megabytes of one member may come without any wait."""
+
+    def __init__(self, stream: Stream, look: Callable[[], None]) -> None:
+        self.stream, self.look = stream, look
+
+    def read(self, size: int) -> bytes:
+        self.look()
+        return self.stream.read(size)
+
+
 class Reader:
     """One open tar: its cursor, and the recording that a draw may have cut in two."""
 
@@ -154,7 +165,7 @@ class Reader:
         """The recordings from the cursor on; the tar is opened when the first of them is asked for."""
         tar, offset = Tar(self.cursor.name, self.cursor.num_bytes), self.cursor.offset
         with source.open(tar, offset, self.look) as stream:
-            yield from read_recordings(stream, tar, offset)
+            yield from read_recordings(_Watched(stream, self.look), tar, offset)
 
     def advance(self, draft: Draft, room: int, split: Callable[[str], str]) -> bool:
         """Cut one recording, or `room` clips of it, into the draft. False when the tar is done or broken.
@@ -172,8 +183,12 @@ class Reader:
         if self.recording is not None:
             group = group_of(self.recording)
             draft.groups.add(group)
+            is_first = self.cursor.next_clip == 0
             with draft.timed("cutting"):
                 self._cut(draft, split(group), room)
+            if is_first:  # not before: a stop while it is cut leaves it to whoever cuts it
+                draft.counts["recordings"] += 1
+                draft.heard_s += self.num_samples / SAMPLE_RATE
         elif not has_more and self.cursor.state == "open":
             self.cursor = replace(self.cursor, state="done", offset=self.cursor.num_bytes, next_clip=0)
         draft.readers[self.cursor.position] = self
@@ -192,10 +207,8 @@ class Reader:
                     self._begin(recording)
             except DecodeError as e:
                 problem = e.reason
-        if self.cursor.next_clip == 0:  # else it was counted when its first clips were cut
-            draft.counts["recordings"] += 1
-            draft.heard_s += 0 if problem else self.num_samples / SAMPLE_RATE
         if problem is not None:
+            draft.counts["recordings"] += self.cursor.next_clip == 0
             draft.counts[f"skipped: {problem}"] += 1
             self._pass_by(recording)
         return True
@@ -268,5 +281,6 @@ class Reader:
         return replace(self.cursor, keys=b"".join(self.keys) if self.cursor.state == "open" else b"")
 
     def close(self) -> None:
-        """End the connection."""
+        """End the connection, and let go of a recording that is half cut: the anchor has 64 of them."""
         self.recordings.close()
+        self.recording, self.clips = None, iter(())

@@ -24,14 +24,20 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, parse_ratelimit_headers
+from huggingface_hub.utils import (
+    build_hf_headers,
+    get_session,
+    get_token,
+    hf_raise_for_status,
+    parse_ratelimit_headers,
+)
 
 from hear_distill.files import UserError
 from hear_distill.remote import Dropped, RemoteStream, patiently
 from hear_distill.tars import Stream, Tar, TarBroken
 
 T = TypeVar("T")
-TRY_AGAIN = (408, 429, 500, 502, 503, 504)
+TRY_AGAIN = (408, 425, 429, *range(500, 600))  # beyond 511 are those of the proxies before the hub
 
 
 class HubSource:
@@ -43,7 +49,9 @@ class HubSource:
         Raises UserError if there is no such dataset or the token does not open it, Unreachable after many failures.
         """
         self.name, _, asked = name.partition("@")
-        get_session().timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT  # else a stalled listing would wait for ever
+        token = get_token() or ""
+        if not (token.isascii() and token.isprintable()):  # what cannot be a header would end in a traceback
+            raise UserError("HF_TOKEN holds characters that no token has; copy it again, without quotes or blanks")
         self.revision = revision or self._ask(lambda: HfApi().dataset_info(self.name, revision=asked or None).sha)
 
     @cached_property
@@ -66,6 +74,7 @@ class HubSource:
         """The answer of the hub's API, asked again while it is not to be had."""
 
         def attempt() -> T:
+            impatient_session()
             with explained(self.name):
                 return question()
 
@@ -77,11 +86,28 @@ class HubSource:
         headers = {**build_hf_headers(), "Range": f"bytes={offset}-", "Accept-Encoding": "identity"}
         with (
             explained(self.name),
-            get_session().stream("GET", url, headers=headers, follow_redirects=True) as response,
+            impatient_session().stream("GET", url, headers=headers, follow_redirects=True) as response,
         ):
             hf_raise_for_status(response)
             check_range(response, tar, offset)
             yield from response.iter_raw()
+
+
+def impatient_session() -> httpx2.Client:
+    """huggingface_hub's session, which now waits for silence no longer than HF_HUB_DOWNLOAD_TIMEOUT.
+
+    Its listings ask for no time-out, whatever that of the session is: a stalled one would be for ever. Asked for each
+    time, because after some failures the session is a new one.
+    """
+    session = get_session()
+    if limit_wait not in session.event_hooks["request"]:
+        session.event_hooks["request"].append(limit_wait)
+    return session
+
+
+def limit_wait(request: httpx2.Request) -> None:
+    """Give a request its time-out, just before it is sent."""
+    request.extensions["timeout"] = httpx2.Timeout(constants.HF_HUB_DOWNLOAD_TIMEOUT).as_dict()
 
 
 def check_range(response: httpx2.Response, tar: Tar, offset: int) -> None:
@@ -89,6 +115,9 @@ def check_range(response: httpx2.Response, tar: Tar, offset: int) -> None:
     if response.status_code == 200:
         if offset:
             raise Dropped(f"the server answered a request for byte {offset} with the whole file")
+        length = response.headers.get("Content-Length", str(tar.num_bytes))
+        if length != str(tar.num_bytes):  # the page of a proxy, most likely: the tar is not to blame
+            raise Dropped(f"the server answered with {length} bytes of something else")
         return
     found = response.headers.get("Content-Range", "none")
     if not found.startswith(f"bytes {offset}-"):
@@ -110,7 +139,7 @@ def explained(dataset: str) -> Iterator[None]:
         raise UserError(f"{dataset!r} is no name of a dataset on the hub, expected org/name[@revision]: {e}") from e
     except HfHubHTTPError as e:
         raise explain_status(dataset, e) from e
-    except (httpx2.TransportError, httpx2.StreamError) as e:
+    except (httpx2.RequestError, httpx2.StreamError) as e:
         raise Dropped(f"{type(e).__name__}: {e}") from e
 
 
@@ -120,7 +149,8 @@ def explain_status(dataset: str, error: HfHubHTTPError) -> Exception:
     status = response.status_code
     if status in TRY_AGAIN:
         return Dropped(f"the hub answered {status}", retry_after_s(response))
-    if response.history:  # of the place that the hub redirected to: its address has expired, the next may be good
+    is_signed = response.url.netloc != httpx2.URL(constants.ENDPOINT).netloc
+    if is_signed and status not in (404, 416):  # the address has expired, the next may be good
         return Dropped(f"a signed address of the hub answered {status}")
     page = f"{constants.ENDPOINT}/datasets/{dataset}"
     if isinstance(error, GatedRepoError):

@@ -31,7 +31,7 @@ from typing import Any
 
 from hear_distill.files import UserError, crash_point, fsync_folder, make_folder
 from hear_distill.ledger import SPARE, TRAINED, TRAINED_AGAIN, Ledger
-from hear_distill.schema import ANCHOR, RECENT, SCHEMA, TRAIN, Cursor, Identity, Part, Shard
+from hear_distill.schema import ANCHOR, RECENT, SCHEMA, SCHEMA_VERSION, TRAIN, Cursor, Identity, Part, Shard
 
 NO_USES: Mapping[int, int] = MappingProxyType({})
 
@@ -70,6 +70,7 @@ class Lake(Ledger):
             found = {name: settings[name] for name in wanted if name in settings}
             if not found:
                 order = permuted(list(tars), identity.seed)[identity.node_rank :: identity.num_nodes]
+                lake.db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
                 lake.db.executemany("INSERT INTO settings VALUES (?, ?)", [*wanted.items(), ("id", uuid.uuid4().hex)])
                 rows = [(position, name, tars[name]) for position, name in enumerate(order)]
                 lake.db.executemany("INSERT INTO tars (position, name, num_bytes) VALUES (?, ?, ?)", rows)

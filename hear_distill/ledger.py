@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from hear_distill.files import UserError
 from hear_distill.locks import is_locked
-from hear_distill.schema import TRAIN, Books, Shard
+from hear_distill.schema import SCHEMA_VERSION, TRAIN, Books, Shard
 
 LOCK_WAIT_S = 60.0
 
@@ -45,10 +45,17 @@ class Ledger:
 
     @classmethod
     def find(cls, root: Path) -> Self | None:
-        """The lake at `root`, or None if there is none yet."""
+        """The lake at `root`, or None if there is none yet. Raises UserError if its ledger has other tables."""
         lake = cls(root) if (root / "ledger.sqlite").exists() else None
-        is_made = lake and lake.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'totals'").fetchone()
-        return lake if is_made else None
+        if lake is None or not lake.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'totals'").fetchone():
+            return None
+        (version,) = lake.db.execute("PRAGMA user_version").fetchone()
+        if version != SCHEMA_VERSION:
+            raise UserError(
+                f"the ledger of {root} has version {version}, expected {SCHEMA_VERSION}: other code than this "
+                f"made it; go on with that one, choose another --lake or, if nothing was trained from it yet, delete it"
+            )
+        return lake
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

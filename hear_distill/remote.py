@@ -168,14 +168,23 @@ class UrlSource:
             found = self.files.find(self.root, detail=True)
         except (ImportError, ValueError) as e:
             raise UserError(f"{url} cannot be opened: {e}; install that driver, or give another --source") from e
-        except OSError as e:
-            raise UserError(f"{url} cannot be listed: {e}; look at the address and your access to it") from e
+        except Exception as e:  # a driver raises what its library does: they have no class in common
+            raise UserError(
+                f"{url} cannot be listed: {type(e).__name__}: {e}; look at the address and your access to it"
+            ) from e
         root = self.root.rstrip("/") + "/"
         infos = {path.removeprefix(root): info for path, info in found.items() if path.endswith(".tar")}
-        self.tars = [Tar(name, infos[name]["size"]) for name in sorted(infos)]
+        self.tars = [Tar(name, self._size(infos[name])) for name in sorted(infos)]
         if not self.tars:
             raise UserError(f"no *.tar below {url}; expected tars of <key>.audio.mp3 and <key>.metadata.json")
         self.revision = listing_revision(self.tars)
+
+    def _size(self, info: dict[str, Any]) -> int:
+        """Length in bytes; a listing over HTTP does not tell it."""
+        size = info["size"] if info["size"] is not None else self.files.size(info["name"])
+        if size is None:
+            raise UserError(f"{self.url} does not tell the length of {info['name']}; copy the tars to a folder")
+        return size
 
     def open(self, tar: Tar, offset: int, look: Callable[[], None]) -> AbstractContextManager[Stream]:
         """As in Source."""
@@ -191,5 +200,5 @@ class UrlSource:
             raise TarBroken("is no longer there") from e
         except PermissionError as e:
             raise UserError(f"{self.url}: access to {tar.name} is refused ({e}); look at your credentials") from e
-        except OSError as e:
+        except Exception as e:  # see above; a mistake of ours is told as well, after the last attempt
             raise Dropped(f"{type(e).__name__}: {e}") from e

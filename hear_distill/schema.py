@@ -48,6 +48,7 @@ CREATE TABLE IF NOT EXISTS statistics (
 ) STRICT;
 CREATE TABLE IF NOT EXISTS totals (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
 """
+SCHEMA_VERSION = 2  # one more with each change above: a ledger of another version is refused
 TRAIN, ANCHOR, RECENT = "train", "anchor", "recent"
 
 

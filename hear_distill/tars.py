@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from hear_distill.files import MIB
 
 AUDIO_SUFFIXES = ("mp3", "flac", "ogg", "opus", "wav")
+MAX_JSON_BYTES = 16 * MIB  # as Python objects it takes ten times as much
 MAX_MEMBER_BYTES = 512 * MIB  # a tar header is not to be trusted; two hours of 320 kbit/s MP3 are 275 MiB
 READ_BYTES = 128 * 1024  # at a time, from a stream
 MAX_PADDING_BYTES = MIB  # zeros that some writers leave behind the end; a download that was never finished has more
@@ -81,16 +82,19 @@ def read_recordings(stream: Stream, tar: Tar, offset: int) -> Iterator[Recording
     if 0 < offset >= tar.num_bytes:
         return
     recording: Recording | None = None
+    names: set[str] = set()  # of its members
     try:
         with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header, bufsize=READ_BYTES) as members:
             for member in members:
                 key, suffix = _split_name(member.name)
                 begin = offset + member.offset
-                if recording is None or key != recording.key:
+                # A name that comes again begins another recording: one that nobody counted would be lost.
+                if recording is None or key != recording.key or member.name in names:
                     if recording is not None:
                         recording.end = begin
                         yield recording
-                    recording = Recording(key=key, offset=begin)
+                    recording, names = Recording(key=key, offset=begin), set()
+                names.add(member.name)
                 if member.isfile():
                     _add_member(recording, suffix, member, members)
             padding = members.fileobj.read(MAX_PADDING_BYTES + 1)
@@ -114,7 +118,7 @@ def _add_member(recording: Recording, suffix: str, member: tarfile.TarInfo, memb
     """Read the audio or the metadata of `recording`; members of any other kind are passed over."""
     if suffix not in (*AUDIO_SUFFIXES, "json"):
         return
-    if member.size > MAX_MEMBER_BYTES:
+    if member.size > (MAX_JSON_BYTES if suffix == "json" else MAX_MEMBER_BYTES):
         recording.problem = "oversized member"
         return
     content = members.extractfile(member).read()

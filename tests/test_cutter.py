@@ -1,6 +1,8 @@
 """One tar in, clips out: what is kept, what is passed over and counted, and where the cursor stands behind them."""
 
+import gc
 import math
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -110,6 +112,47 @@ def test_a_recording_too_long_to_hold_gives_the_same_clips(tmp_path, monkeypatch
     assert starts(held)["long"] == starts_by_the_book(1_000_000)
 
 
+def test_a_stop_while_a_long_recording_is_cut_leaves_it_uncounted(tmp_path, monkeypatch):
+    monkeypatch.setattr(cutter, "HELD_SAMPLES", 300_000)
+    looks_left = [1_000]
+
+    def look() -> None:
+        looks_left[0] -= 1
+        if looks_left[0] == 0:
+            raise Stopped
+
+    reader, draft = reader_of(tmp_path, tar_of_lengths(long=1_000_000), look=look), Draft()
+    assert reader._next(draft)
+    looks_left[0] = 1  # of the second decoding
+    with pytest.raises(Stopped):
+        reader.advance(draft, 3, lambda group: "train")
+    rest = cut_all(reader_of(tmp_path, tar_of_lengths(long=1_000_000), cursor=reader.to_publish()))
+    assert draft.num_clips() == 0 and starts(rest)["long"] == starts_by_the_book(1_000_000)
+    assert (draft.counts["recordings"] + rest.counts["recordings"], draft.heard_s + rest.heard_s) == (1, 62.5)
+
+
+def test_a_look_comes_with_every_piece_that_is_read(tmp_path):
+    looks = []
+    reader = reader_of(tmp_path, tar_of_lengths(a=3_200_000), look=lambda: looks.append(1))  # 6.4 MB
+    next(reader.recordings)
+    assert len(looks) >= 6_400_000 // (128 * 1024)
+
+
+def test_a_closed_reader_holds_no_sound(tmp_path):
+    reader = reader_of(tmp_path, tar_of_lengths(a=3_200_000, b=64_000))
+    tracemalloc.start()
+    draft = Draft()
+    assert reader.advance(draft, 2, lambda group: "anchor")
+    cursor = reader.to_publish()
+    before, _ = tracemalloc.get_traced_memory()
+    reader.close()
+    gc.collect()
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert before - after > 2 * 6_400_000 - 1_000_000, "compressed and decoded"
+    assert reader.to_publish() == cursor and draft.num_clips() == 2
+
+
 # ---- what is passed over ----
 
 
@@ -121,6 +164,11 @@ def test_a_key_that_comes_again_in_its_tar_is_another_recording_to_nobody(tmp_pa
     assert draft.counts == {"recordings": 4, "skipped: duplicate key": 1}
     ids = Counter(clip.id for clip in draft.clips["train"])
     assert set(ids.values()) == {1}
+
+    neighbours = tar_of([m for a in audio[:2] for m in members_of("a", a)])
+    draft = cut_all(reader_of(tmp_path, neighbours))
+    assert draft.counts == {"recordings": 2, "skipped: duplicate key": 1}, "also right behind the first"
+    assert [clip.samples[0] for clip in draft.clips["train"]] == [noise(64_000, 0)[0], noise(64_000, 0)[32_000]]
 
     reader, draft = reader_of(tmp_path, content), Draft()
     for _ in range(2):

@@ -12,13 +12,18 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import httpx2
 import pytest
 from hub_faults import (
+    BodyFault,
     CloseAfter,
     ExpireSignature,
     Fault,
     IgnoreRange,
     LongerLength,
+    Refuse,
+    Reply,
+    Request,
     ResetAfter,
     Stall,
     StallAfter,
@@ -27,9 +32,12 @@ from hub_faults import (
     entry_not_found,
     not_in_the_list,
     server_error,
+    text_reply,
     too_many_requests,
 )
 from hub_server import HubServer
+from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError
 from lake_tools import (
     STREAMER,
     TIMEOUT_S,
@@ -44,8 +52,10 @@ from lake_tools import (
 )
 from reference.chunker import Clips, clips_of
 
-from hear_distill.files import MIB
+from hear_distill.files import MIB, UserError
+from hear_distill.hub import explain_status
 from hear_distill.lake import Lake
+from hear_distill.remote import Dropped
 
 DATASET = "laion/small"
 TOKEN = "hf_thisIsTheSecretOfTheUser"
@@ -125,6 +135,7 @@ def test_a_tar_is_one_request_that_begins_at_its_first_byte(hub, source, expecte
         (server_error(500), {"kind": "file", "times": 3}),
         (server_error(502), {"kind": "tree", "times": 2}),
         (server_error(503), {"kind": "info", "times": 2}),
+        (server_error(520), {"kind": "resolve", "times": 2}),
         (Trickle(30_000, 0.05), {"times": 1}),
     ],
     ids=lambda value: repr(value)[:40],
@@ -163,6 +174,28 @@ def test_a_wait_that_the_hub_asks_for_is_kept(hub, expected, tmp_path):
     worker = stream(hub, tmp_path / "lake")
     assert time.monotonic() - began > 2
     assert "the hub answered 429; trying again in 2 s" in worker.stderr
+    assert_exactly_once(clips_on_disk(tmp_path / "lake"), expected)
+
+
+class LogInPage(BodyFault):
+    """What the network of a hotel says instead."""
+
+    def reply(self, reply: Reply, ask: Request, hub: HubServer) -> Reply:
+        return text_reply(200, "<html>please log in</html>" * 100)
+
+
+class Circle(Fault):
+    """A redirect to the same address."""
+
+    def reply(self, reply: Reply, ask: Request, hub: HubServer) -> Reply:
+        return Reply(302, {"Location": ask.url}, 0, [])
+
+
+@pytest.mark.parametrize(("fault", "kind"), [(LogInPage(), "file"), (Circle(), "resolve")], ids=["page", "circle"])
+def test_what_is_not_the_answer_of_a_hub_is_tried_again_and_no_tar_is_blamed(hub, expected, tmp_path, fault, kind):
+    rule = hub.inject(fault, kind=kind, path="source-2.tar", times=2)
+    worker = stream(hub, tmp_path / "lake")
+    assert (worker.returncode, rule.hits) == (0, 2), worker.stderr
     assert_exactly_once(clips_on_disk(tmp_path / "lake"), expected)
 
 
@@ -220,6 +253,37 @@ def test_a_worker_that_waits_for_a_stalled_network_leaves_in_seconds_with_what_i
     assert cut.total() > 0 or type(fault) is Stall
 
 
+def test_a_worker_that_fetches_a_long_recording_without_a_pause_leaves_in_seconds(tmp_path):
+    write_tar(tmp_path / "source" / "a.tar", members_of("a", encoded(noise(16_000 * 600, 1))))
+    with HubServer({DATASET: tmp_path / "source"}) as hub:
+        hub.inject(Trickle(10_000, 0.01))  # a minute for 19 MB
+        with start(hub, tmp_path / "lake") as worker:
+            while not hub.bytes_sent and worker.poll() is None:
+                time.sleep(0.01)
+            time.sleep(1.0)
+            worker.send_signal(signal.SIGTERM)
+            asked = time.monotonic()
+            out, err = worker.communicate(timeout=TIMEOUT_S)
+            assert time.monotonic() - asked < 5
+    assert (worker.returncode, err, "asked to stop" in out) == (0, "", True)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("fault", [too_many_requests(retry_after_s=86_400), Stall()], ids=["wait a day", "stalled"])
+def test_a_worker_that_waits_for_the_listing_leaves_in_seconds(hub, tmp_path, fault, signal_number):
+    hub.inject(fault, kind="tree")
+    with start(hub, tmp_path / "lake") as worker:
+        while not any(request.kind == "tree" for request in hub.requests) and worker.poll() is None:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        worker.send_signal(signal_number)
+        asked = time.monotonic()
+        _, err = worker.communicate(timeout=TIMEOUT_S)
+        assert time.monotonic() - asked < 5
+    assert worker.returncode == (-signal.SIGTERM if signal_number == signal.SIGTERM else 1)
+    assert "Traceback" not in err
+
+
 def test_a_network_that_stays_down_ends_the_worker_for_now_with_what_it_has(hub, tmp_path):
     hub.inject(CloseAfter(300_000), times=4)
     hub.inject(server_error(503), kind="resolve", skip=4, times=None)
@@ -235,11 +299,16 @@ def test_a_network_that_stays_down_ends_the_worker_for_now_with_what_it_has(hub,
 # ---- what is in the dataset ----
 
 
-def test_a_tar_that_is_not_there_any_more_is_recorded_and_the_others_go_on(hub, expected, tmp_path):
-    hub.inject(entry_not_found(), kind="resolve", path="source-3.tar", times=None)
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [(entry_not_found(), "resolve"), (Refuse(404, "NoSuchKey"), "file"), (Refuse(416, "InvalidRange"), "file")],
+    ids=["at the hub", "behind its address", "shorter"],
+)
+def test_a_tar_that_is_not_there_any_more_is_recorded_and_the_others_go_on(hub, expected, tmp_path, fault, kind):
+    hub.inject(fault, kind=kind, path="source-3.tar", times=None)
     worker = stream(hub, tmp_path / "lake")
     assert worker.returncode == 0
-    assert "source-3.tar is broken: 404" in worker.stderr
+    assert f"source-3.tar is broken: {fault.status}" in worker.stderr
     assert_exactly_once(clips_on_disk(tmp_path / "lake"), {k: v for k, v in expected.items() if k[0] != "source-3.tar"})
     assert assert_in_order(tmp_path / "lake").tar_states() == {"done": 3, "broken": 1}
 
@@ -336,6 +405,41 @@ def test_a_dataset_that_is_not_to_be_had_is_refused_in_one_line_and_leaves_no_la
     assert said in worker.stderr
     assert len(worker.stderr.splitlines()) == 1
     assert not (tmp_path / "lake").exists()
+
+
+def test_a_refusal_after_a_redirect_within_the_hub_is_its_own(monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.example")
+    for host, kind in [("hub.example", UserError), ("cdn.example", Dropped)]:  # a dataset that was renamed; a signature
+        request = httpx2.Request("GET", f"https://{host}/datasets/laion/new/resolve/main/a.tar")
+        answer = httpx2.Response(403, request=request, history=[httpx2.Response(307)])
+        assert type(explain_status("laion/old", HfHubHTTPError("refused", response=answer))) is kind
+
+
+@pytest.mark.parametrize("token", ["hf_ä", "hf_a\x0bb"])
+def test_a_token_that_is_none_is_refused_and_not_repeated(hub, tmp_path, token):
+    worker = stream(hub, tmp_path / "lake", token=token)
+    assert worker.returncode == 2
+    assert worker.stderr.startswith("error: HF_TOKEN holds characters") and "hf_" not in worker.stderr
+
+
+def test_no_request_to_a_stalled_hub_is_waited_for_without_end(hub, tmp_path):
+    for kind in ("info", "tree", "file"):
+        hub.inject(Stall(), kind=kind)
+    code = f"""
+from huggingface_hub import close_session
+from hear_distill.hub import HubSource
+source = HubSource({DATASET!r})
+close_session()  # as huggingface_hub itself does after some failures
+tar, *_ = source.tars
+close_session()
+with source.open(tar, 0, lambda: None) as stream:
+    assert stream.read(100)
+"""
+    environment = {**hub.environment(tmp_path), "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "ReadTimeout" in done.stderr
 
 
 def test_what_the_ledger_knows_of_the_dataset_holds_no_address(hub, tmp_path):

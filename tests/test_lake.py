@@ -116,6 +116,12 @@ def test_a_folder_without_a_lake_is_refused_with_the_next_command(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_ledger_of_another_version_is_refused(tmp_path):
+    make_lake(tmp_path).db.execute("PRAGMA user_version = 0")  # that of ledgers before versions were counted
+    with pytest.raises(UserError, match=r"has version 0, expected 2: .*another --lake"):
+        Lake.open(tmp_path)
+
+
 def test_many_processes_can_make_one_lake_at_the_same_moment(tmp_path):
     taken = together(JOINER, *([tmp_path / "lake", f"worker-{i}"] for i in range(4)))
     assert sorted(taken) == [["0"], ["0"], ["1"], ["1"]]

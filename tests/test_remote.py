@@ -5,9 +5,11 @@ import threading
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
+from typing import ClassVar
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from lake_tools import encoded, members_of, noise, tar_of
 
 from hear_distill import remote
@@ -231,6 +233,48 @@ def test_a_tar_that_has_gone_from_its_url_is_broken(url):
     files.rm(f"{root}/b.tar")
     with source.open(source.tars[0], 0, lambda: None) as stream, pytest.raises(TarBroken, match="no longer there"):
         stream.read(1)
+
+
+class Moody(MemoryFileSystem):
+    """Like the drivers that talk HTTP: no lengths in a listing, and errors of their library's own."""
+
+    class ConnectionLost(Exception):
+        pass
+
+    protocol = "moody"
+    moods: ClassVar[list[str]] = []
+
+    def find(self, *args, **kwargs):
+        if "listing" in self.moods:
+            raise self.ConnectionLost("no listing")
+        return {name: {**info, "size": None} for name, info in super().find(*args, **kwargs).items()}
+
+    def size(self, path):
+        return None if "length" in self.moods else super().size(path)
+
+    def _open(self, *args, **kwargs):
+        if self.moods:
+            raise self.ConnectionLost(self.moods.pop())
+        return super()._open(*args, **kwargs)
+
+
+def test_a_driver_with_errors_of_its_own_is_tried_again_or_told_in_words(monkeypatch, tmp_path):
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
+    fsspec.register_implementation("moody", Moody, clobber=True)
+    content = tar_of(members_of("a", encoded(noise(40_000, 1))))
+    with fsspec.open(f"moody://{tmp_path.name}/a.tar", "wb", auto_mkdir=True) as file:
+        file.write(content)
+    source = UrlSource(f"moody://{tmp_path.name}")
+    assert [tar.num_bytes for tar in source.tars] == [len(content)]
+    Moody.moods += ["reset", "503"]
+    with source.open(source.tars[0], 0, lambda: None) as stream:
+        assert b"".join(iter(lambda: stream.read(10_000), b"")) == content
+    assert Moody.moods == []
+    for mood, said in [("listing", "cannot be listed: ConnectionLost"), ("length", "does not tell the length")]:
+        Moody.moods[:] = [mood]
+        with pytest.raises(UserError, match=said):
+            UrlSource(f"moody://{tmp_path.name}")
+    Moody.moods.clear()
 
 
 @pytest.mark.parametrize(

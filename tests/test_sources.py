@@ -65,6 +65,7 @@ def test_reading_from_any_recording_gives_the_rest_of_the_tar(content):
     ("names", "found"),
     [
         ("a.audio.mp3 a.metadata.json", [("a", b"0", 1)]),
+        ("a.mp3 a.json a.mp3 a.json", [("a", b"0", 1), ("a", b"2", 3)]),
         ("a.metadata.json a.audio.mp3", [("a", b"1", 0)]),
         ("v1.2/a.b.mp3 v1.2/a.json v1.3/a.json", [("v1.2/a", b"0", 1), ("v1.3/a", b"", 2)]),
         ("a.MP3 a.txt a.JSON", [("a", b"0", 2)]),
@@ -72,7 +73,16 @@ def test_reading_from_any_recording_gives_the_rest_of_the_tar(content):
         ("a.ogg b.opus a.json", [("a", b"0", None), ("b", b"1", None), ("a", b"", 2)]),
         ("a.jpg README readme", [("a", b"", None), ("README", b"", None), ("readme", b"", None)]),
     ],
-    ids=["pair", "metadata first", "dots in folders", "other members", "the last audio wins", "torn apart", "no audio"],
+    ids=[
+        "pair",
+        "named twice",
+        "metadata first",
+        "dots in folders",
+        "other members",
+        "the last audio wins",
+        "torn apart",
+        "no audio",
+    ],
 )
 def test_members_with_one_key_in_a_row_are_one_recording(names, found):
     members = [(name, str(i).encode()) for i, name in enumerate(names.split())]
@@ -109,6 +119,10 @@ def test_an_oversized_member_is_not_read_and_harms_no_other(monkeypatch):
         ("b", 0, "oversized member"),
         ("c", 1, None),
     ]
+    monkeypatch.setattr(tars, "MAX_JSON_BYTES", 7)
+    assert [(r.metadata, r.problem) for r in read(content)][1:2] == [({}, "oversized member")]
+    content = tar_of([("a.mp3", bytes(1_000)), ("a.json", b'{"n": 1}')])
+    assert [r.problem for r in read(content)] == ["oversized member"], "metadata has a limit of its own"
 
 
 @pytest.mark.parametrize("is_length_known", [True, False], ids=["shorter than listed", "listed as short as it is"])

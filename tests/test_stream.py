@@ -349,11 +349,12 @@ def test_a_source_that_is_mostly_unreadable_stops_the_worker(tmp_path, flags, nu
         assert (lake.tar_states()["free"], lake.used_bytes(), lake.totals()["recordings"]) == (1, 0, 0)
 
 
-def test_a_source_of_which_no_tar_can_be_read_stops_the_worker(tmp_path):
+@pytest.mark.parametrize("flags", [ALL_TRAIN, FLAGS], ids=["train", "anchor"])
+def test_a_source_of_which_no_tar_can_be_read_stops_the_worker(tmp_path, flags):
     (tmp_path / "source").mkdir()
     for i in range(12):
         (tmp_path / "source" / f"{i}.tar").write_bytes(b"<html>404</html>" * 99)
-    worker = stream(tmp_path / "source", tmp_path / "lake", *ALL_TRAIN)
+    worker = stream(tmp_path / "source", tmp_path / "lake", *flags)
     assert worker.returncode == 2
     assert worker.stderr.splitlines()[-1].startswith("error: none of the first 10 tars of")
     lake = assert_in_order(tmp_path / "lake")
