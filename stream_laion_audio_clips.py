@@ -14,7 +14,7 @@ Killed at any moment and started again, it leaves every clip of the source in ex
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +55,10 @@ class Config:
     """size of each of the two validation sets, `anchor` and `recent`"""
     max_workers: int = 1
     """how many of these may run side by side; the trainer refuses a cap without room for a shard of each"""
+    num_nodes: int = 1
+    """machines that share the source, each with a lake of its own"""
+    node_rank: int = 0
+    """which of them this is, from 0"""
     seed: int = 0
     """of the order of the tars, the split, the mixing and the thinning"""
     min_rms_db: float | None = None
@@ -70,6 +74,8 @@ class Config:
             raise ValueError("--shard-clips and --open-tars must be at least 1, --val-clips at least 0")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"--val-fraction must be in [0, 1), got {self.val_fraction}")
+        if not 0 <= self.node_rank < self.num_nodes:
+            raise ValueError(f"--node-rank must be from 0 to {self.num_nodes - 1}, got {self.node_rank}")
         if self.val_fraction and not self.val_clips:
             raise ValueError(f"--val-fraction {self.val_fraction} needs --val-clips above 0")
         try:
@@ -137,6 +143,17 @@ class Worker:
         cursors = self.lake.take_tars(self.owner.id, count - len(self.readers))
         self.readers += [Reader(self.source, cursor, self.keep, self.look) for cursor in cursors]
 
+    def advance(self, reader: Reader, draft: Draft, room: int, split: Callable[[str], str]) -> bool:
+        """`Reader.advance`, and a look at how it goes. Raises Stopped, Unreachable, SourceBroken."""
+        self.look()
+        try:
+            has_more = reader.advance(draft, room, split)
+        except Unreachable:
+            self.lake.note_outage(reader.cursor.position)
+            raise
+        self.check_source(draft.counts)
+        return has_more
+
     def fill(self, shard_id: int) -> Draft:
         """Draw recordings from the open tars at random until the shard is full, the tars are done, or a stop."""
         draft, rng = Draft(), np.random.default_rng([self.config.seed, shard_id])
@@ -150,12 +167,10 @@ class Worker:
         try:
             self.open_tars(self.config.open_tars)
             while self.readers and (room := self.config.shard_clips - draft.num_clips()) > 0:
-                self.look()
                 chosen = int(rng.integers(len(self.readers)))
-                if not self.readers[chosen].advance(draft, min(room, share), split):
+                if not self.advance(self.readers[chosen], draft, min(room, share), split):
                     self.readers.pop(chosen)
                     self.open_tars(self.config.open_tars)
-                self.check_source(draft.counts)
                 if draft.counts["recordings"] >= MAX_RECORDINGS:
                     break
         except Stopped:
@@ -175,10 +190,7 @@ class Worker:
         for reader in self.readers:
             target = min(self.config.val_clips, draft.num_clips() + share)
             while (room := target - draft.num_clips()) > 0:
-                self.look()
-                has_more = reader.advance(draft, room, lambda group: ANCHOR)
-                self.check_source(draft.counts)
-                if not has_more:
+                if not self.advance(reader, draft, room, lambda group: ANCHOR):
                     break
             reader.close()  # one connection at a time
         self.readers.clear()  # other workers may take these tars as soon as the cursors are published
@@ -275,6 +287,8 @@ def join_lake(config: Config) -> tuple[Source, Lake]:
         shard_clips=config.shard_clips,
         val_fraction=config.val_fraction,
         val_clips=config.val_clips,
+        num_nodes=config.num_nodes,
+        node_rank=config.node_rank,
     )
     lake = Lake.create(
         config.lake,

@@ -115,10 +115,11 @@ class Lake(Ledger):
     # ---- writing ----
 
     def take_tars(self, owner: str, count: int) -> list[Cursor]:
-        """Up to `count` cursors that nobody holds, in the order of the permutation: begun ones come first."""
+        """Up to `count` cursors that nobody holds, in the order of the permutation; those that failed come last."""
         with self.transaction():
             rows = self.db.execute(
-                "SELECT * FROM tars WHERE owner IS NULL AND state IN ('open', 'waiting') ORDER BY position LIMIT ?",
+                "SELECT * FROM tars WHERE owner IS NULL AND state IN ('open', 'waiting')"
+                " ORDER BY num_outages, position LIMIT ?",
                 (count,),
             ).fetchall()
             for row in rows:
@@ -127,6 +128,10 @@ class Lake(Ledger):
                 )
         fields = ("position", "name", "num_bytes", "offset", "next_clip", "keys")
         return [Cursor(**{name: row[name] for name in fields}) for row in rows]
+
+    def note_outage(self, position: int) -> None:
+        """A worker gave up on this tar for now: others come first, so it does not stop the rest of the source."""
+        self.db.execute("UPDATE tars SET num_outages = num_outages + 1 WHERE position = ?", (position,))
 
     def free_tars(self, owner: str) -> None:
         """Give all cursors of `owner` back, where they stood at its last finished shard."""

@@ -27,6 +27,7 @@ CHUNK_BYTES = 64 * 1024  # the most that a connection yields at once
 LOOK_S = 0.05  # how late a waiting reader notices that it should stop
 MAX_FAILURES = 12  # in a row, about seven minutes: then the worker leaves, and its supervisor tries again later
 FIRST_WAIT_S, MAX_WAIT_S = 1.0, 120.0
+LONGEST_WAIT_S = 3600.0  # that a server may ask for
 
 
 class Dropped(Exception):
@@ -56,12 +57,14 @@ def wait_s(num_failures: int, asked_s: float) -> float:
     return asked_s + random.uniform(0, FIRST_WAIT_S) if asked_s else own * random.uniform(0.5, 1.0)
 
 
-def give_up(name: str, error: Dropped) -> Unreachable:
-    """What to say after the last attempt."""
-    return Unreachable(
-        f"{name}: {MAX_FAILURES} attempts in a row failed, the last with: {error}; "
-        f"look at the network, then run the same command again, which goes on where it stopped"
-    )
+def give_up_if_hopeless(name: str, num_failures: int, error: Dropped) -> None:
+    """Raise Unreachable after the last attempt, or if the server asks for a wait that nobody should sit through."""
+    if num_failures >= MAX_FAILURES or error.wait_s > LONGEST_WAIT_S:
+        asked = f", and asks us to wait for {error.wait_s:.0f} s" if error.wait_s else ""
+        raise Unreachable(
+            f"{name}: {num_failures} attempts in a row failed, the last with: {error}{asked}; "
+            f"look at the network, then run the same command again, which goes on where it stopped"
+        ) from error
 
 
 def patiently(name: str, attempt: Callable[[], T], pause: Callable[[float], Any]) -> T:
@@ -72,8 +75,7 @@ def patiently(name: str, attempt: Callable[[], T], pause: Callable[[float], Any]
             return attempt()
         except Dropped as e:
             num_failures += 1
-            if num_failures >= MAX_FAILURES:
-                raise give_up(name, e) from e
+            give_up_if_hopeless(name, num_failures, e)
             pause(warn(name, num_failures, e))
 
 
@@ -143,8 +145,7 @@ class RemoteStream:
                 raise Dropped(f"the connection ended {self.end - self.position} bytes early")
         except Dropped as e:
             self.num_failures += 1
-            if self.num_failures >= MAX_FAILURES:
-                raise give_up(self.name, e) from e
+            give_up_if_hopeless(self.name, self.num_failures, e)
             self.is_closed.wait(warn(self.name, self.num_failures, e))
 
     def _put(self, chunk: bytes | Exception) -> bool:

@@ -18,6 +18,7 @@ CREATE TABLE IF NOT EXISTS tars (
     next_clip INTEGER NOT NULL DEFAULT 0,        -- and the next clip of that recording
     owner TEXT,
     problem TEXT,
+    num_outages INTEGER NOT NULL DEFAULT 0,      -- how often a worker gave up on it; such tars are taken last
     keys BLOB NOT NULL DEFAULT x''                -- 8 bytes of hash for each recording behind the cursor, while open
 ) STRICT;
 CREATE TABLE IF NOT EXISTS shards (

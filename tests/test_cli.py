@@ -26,7 +26,7 @@ FLAGS = {
     STREAMER: {
         *("source", "lake", "cap-gb", "shard-clips", "open-tars"),
         *("val-fraction", "val-clips", "max-workers", "seed"),
-        *("min-rms-db", "keep-short", "caption-weight"),
+        *("min-rms-db", "keep-short", "caption-weight", "num-nodes", "node-rank"),
     },
     SUPERVISOR: {
         *("lake", "source", "out", "cap-gb", "disk-floor-gb"),

@@ -296,6 +296,24 @@ def test_a_network_that_stays_down_ends_the_worker_for_now_with_what_it_has(hub,
     assert lake.tar_states()["free"] == 4
 
 
+def test_a_tar_that_cannot_be_reached_does_not_stop_the_others(hub, expected, tmp_path):
+    """Each worker gives up on it once; the next ones leave it for the end."""
+    rule = hub.inject(server_error(503), kind="resolve", path="source-1.tar", times=None)
+    ends = [stream(hub, tmp_path / "lake", "--open-tars", 1).returncode for _ in range(2)]
+    assert ends == [75, 75] and rule.hits > 12
+    assert assert_in_order(tmp_path / "lake").tar_states() == {"done": 3, "open": 1, "free": 1}
+    found = clips_on_disk(tmp_path / "lake")
+    assert_exactly_once(found, {k: v for k, v in expected.items() if k[0] != "source-1.tar"})
+
+
+def test_a_wait_of_a_day_is_not_sat_through(hub, tmp_path):
+    hub.inject(too_many_requests(retry_after_s=86_400), kind="resolve", times=None)
+    worker = stream(hub, tmp_path / "lake")
+    assert worker.returncode == 75
+    assert "asks us to wait for 86400 s" in worker.stderr
+    assert_in_order(tmp_path / "lake")
+
+
 # ---- what is in the dataset ----
 
 

@@ -119,6 +119,17 @@ def test_a_clip_knows_where_it_comes_from(streamed):
     assert infos["various.tar", "untitled", 0]["caption"] == ""
 
 
+def test_nodes_take_disjoint_parts_of_the_source_and_leave_nothing_out(source, expected, tmp_path):
+    found = []
+    for rank in range(3):
+        lake = tmp_path / f"lake-{rank}"
+        assert stream(source, lake, *FLAGS, "--num-nodes", 3, "--node-rank", rank).returncode == 0
+        found += clips_on_disk(lake)
+    assert_exactly_once(found, expected)
+    refused = stream(source, tmp_path / "lake-0", *FLAGS, "--num-nodes", 3, "--node-rank", 1)
+    assert refused.returncode == 2 and "is another one" in refused.stderr
+
+
 # ---- the split ----
 
 
@@ -374,6 +385,7 @@ def test_a_source_of_which_no_tar_can_be_read_stops_the_worker(tmp_path, flags):
         ("good", ("--shard-clips", 0), "--shard-clips"),
         ("good", ("--val-fraction", 1), "--val-fraction"),
         ("good", ("--cap-gb", 0.001), "--cap-gb"),
+        ("good", ("--node-rank", 1), "--node-rank must be from 0 to 0"),
         ("good", ("--caption-weight", "cough"), "--caption-weight 'cough' is not PATTERN=W"),
         ("good", ("--min-rms-db", "loud"), "loud"),
     ],
