@@ -30,8 +30,8 @@ from types import MappingProxyType
 from typing import Any
 
 from hear_distill.files import UserError, crash_point, fsync_folder, make_folder
-from hear_distill.ledger import SPARE, TRAINED, TRAINED_AGAIN, Ledger
-from hear_distill.schema import ANCHOR, RECENT, SCHEMA, TRAIN, Cursor, Identity, Part, Shard
+from hear_distill.ledger import SPARE, Ledger
+from hear_distill.schema import ANCHOR, RECENT, SCHEMA, SUMS, SUMS_OF_SHARDS, TRAIN, Cursor, Identity, Part, Shard
 
 NO_USES: Mapping[int, int] = MappingProxyType({})
 
@@ -64,8 +64,10 @@ class Lake(Ledger):
             lake = cls(root)
         wanted = {name: str(value) for name, value in asdict(identity).items()}
         with lake.transaction():
-            for statement in SCHEMA.split(";\n"):
+            for statement in SCHEMA:
                 lake.db.execute(statement)
+            if lake.db.execute("SELECT 1 FROM sums").fetchone() is None:  # a lake that was made before there were any
+                lake.db.execute(f"INSERT INTO sums {SUMS_OF_SHARDS}")
             settings = dict(lake.db.execute("SELECT name, value FROM settings").fetchall())
             found = {name: settings[name] for name in wanted if name in settings}
             if not found:
@@ -139,7 +141,7 @@ class Lake(Ledger):
         """
         self._push_out(num_bytes)
         with self.transaction():
-            if split == ANCHOR and self._sum("1", "split = 'anchor'"):
+            if split == ANCHOR and self._sum("num_shards", "split = 'anchor'"):
                 return None
             if self.used_bytes() + num_bytes > self.cap_bytes():
                 raise LakeFull(f"{self.used_bytes()} of {self.cap_bytes()} bytes are in use, {num_bytes} more needed")
@@ -155,9 +157,11 @@ class Lake(Ledger):
         """Retire spare shards until `num_bytes` fit; none if even all of them would not be enough."""
         with self.transaction():
             missing = self.used_bytes() + num_bytes - self.cap_bytes()
-            if not 0 < missing <= self._sum("num_bytes", SPARE):
+            if not 0 < missing <= self._sum("num_spare_bytes", SPARE):
                 return
-            rows = self.db.execute(f"SELECT id, num_bytes FROM shards WHERE {SPARE} ORDER BY num_uses DESC, id")
+            rows = self.db.execute(
+                f"SELECT id, num_bytes FROM shards WHERE {SPARE} AND num_safe_uses > 0 ORDER BY num_uses DESC, id"
+            )
             for row in rows.fetchall():
                 if missing > 0:
                     missing -= row["num_bytes"]
@@ -359,9 +363,9 @@ class Lake(Ledger):
 
     def finish_retiring(self) -> None:
         """Delete the files of retiring shards, then turn their rows into totals; also after a kill in between."""
+        trained, again = (SUMS[name].format(row="shards") for name in ("num_trained", "num_trained_again"))
         rows = self.db.execute(
-            f"SELECT id, split, num_clips, {TRAINED} AS trained, {TRAINED_AGAIN} AS again"
-            " FROM shards WHERE state = 'retiring'"
+            f"SELECT id, split, num_clips, {trained} AS trained, {again} AS again FROM shards WHERE state = 'retiring'"
         ).fetchall()
         for row in rows:
             self.path(row["id"], row["split"]).unlink(missing_ok=True)

@@ -72,6 +72,33 @@ def test_disagreements_of_ledger_and_folders_are_named(tmp_path):
     owner.release()
 
 
+def test_a_running_sum_that_is_wrong_is_a_disagreement(tmp_path):
+    lake = make_lake(tmp_path)
+    add_shard(lake, 2)
+    lake.db.execute("UPDATE sums SET num_unread = 3 WHERE state = 'ready'")
+    (found,) = lake.disagreements()
+    assert found.startswith("the sums of ready train shards are (1, ") and lake.unread_clips() == 3
+
+
+def test_a_lake_that_was_made_before_there_were_running_sums_gets_them_when_it_is_joined(tmp_path):
+    lake = make_lake(tmp_path)
+    for num_clips in (2, 3):
+        add_shard(lake, num_clips)
+    add_shard(lake, 4, "anchor")
+    lake.lease("trainer", "run")
+    lake.record_checkpoint("trainer", {0: b"\1"})
+    before = (lake.books(), lake.used_bytes(), lake.unread_clips())
+    assert (before[0].trained, before[2]) == (1, 4)
+    for name in ("sum_added", "sum_gone", "sum_changed"):
+        lake.db.execute(f"DROP TRIGGER {name}")
+    lake.db.execute("DROP TABLE sums")
+    again = make_lake(tmp_path)
+    assert (again.books(), again.used_bytes(), again.unread_clips()) == before
+    add_shard(again, 5)
+    make_lake(tmp_path)
+    assert (again.books().cut, again.disagreements()) == (14, [])
+
+
 def test_what_a_dead_worker_left_is_a_disagreement_until_it_is_swept(tmp_path):
     lake = make_lake(tmp_path)
     path = lake.path(lake.begin_shard("stream-dead", shard_bytes(2)), "recent", ".tar.part")
