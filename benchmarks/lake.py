@@ -2,7 +2,7 @@
 
 in:   nothing; two lakes are made in a temporary folder, rows and empty files, 5,000 source tars each
 out:  a table, and as the last line of stdout the same as JSON; medians in milliseconds
-cost: half a minute, and 100,000 inodes for as long
+cost: a quarter of a minute, and 100,000 inodes for as long
 
     python benchmarks/lake.py
     python benchmarks/lake.py --small 100 --large 1000

@@ -415,16 +415,16 @@ class Lake(Ledger):
                 self.db.execute("UPDATE shards SET num_bytes = 0 WHERE id = ? AND split = ?", (row["id"], row["split"]))
 
     def retire_recent(self, num_clips_to_keep: int) -> None:
-        """Let the oldest `recent` validation shards go while more than `num_clips_to_keep` clips would stay."""
+        """Let the oldest `recent` validation shards go as long as `num_clips_to_keep` clips stay: it never shrinks."""
         with self.transaction():
             rows = self.db.execute(
                 "SELECT id, num_clips FROM shards WHERE split = ? AND state = 'ready' ORDER BY id DESC", (RECENT,)
             ).fetchall()
             kept = 0
             for row in rows:
-                kept += row["num_clips"]
-                if kept > num_clips_to_keep:
+                if kept >= num_clips_to_keep:
                     self._retire(row["id"], RECENT)
+                kept += row["num_clips"]
         self.finish_retiring()
 
 

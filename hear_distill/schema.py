@@ -43,7 +43,7 @@ CREATE TABLE IF NOT EXISTS anchor_groups (
     name TEXT PRIMARY KEY                        -- a recording or a video, in hexadecimal: keys may be no valid text
 ) STRICT;
 CREATE TABLE IF NOT EXISTS statistics (
-    id INTEGER PRIMARY KEY,                      -- of the shard; kept when it is retired, about 300 bytes each
+    id INTEGER PRIMARY KEY,                      -- of the shard; kept when it is retired, about 500 bytes each
     time REAL NOT NULL,                          -- unix seconds of its publication
     content TEXT NOT NULL                        -- JSON, see the streamer
 ) STRICT;

@@ -101,24 +101,18 @@ def test_the_same_again_has_not_drifted():
     [
         ("level", {"levels_db": LEVELS[4:] + [0] * 4}),
         ("bands", {"bands_db": {**BANDS, "mean": [-50.0, -30.0, -35.0]}}),
-        ("mixing", {"tars": {"speech_2.tar": 100}}),
+        ("mixing", {"tars": {"speech_2.tar": 95, "music_4.tar": 5}}),
         ("length", {"recordings": 20}),
         ("length", {"recordings": 100, "clips": 90}),
     ],
     ids=["louder", "darker", "fewer tars", "longer", "shorter"],
 )
-def test_each_thing_that_drifts_is_named(name, change):
-    found = drifted(row(**change))
-    assert name in found
-    if name == "length":
-        assert "level" not in found and "bands" not in found
+def test_each_thing_that_drifts_is_named_and_nothing_else(name, change):
+    assert drifted(row(**change)) == {name}
 
 
-def test_a_change_of_one_thing_is_no_drift_of_another():
-    assert drifted(row(levels_db=LEVELS[4:] + [0] * 4)) == {"level"}
-    assert drifted(row(bands_db={**BANDS, "mean": [-50.0, -30.0, -35.0]})) == {"bands"}
-    assert drifted(row(recordings=20)) == {"length"}
-    assert drifted(row(tars={"speech_2.tar": 50, "music_70.tar": 50})) == set(), "other tars of the same families"
+def test_other_tars_of_the_same_families_are_no_drift():
+    assert drifted(row(tars={"speech_2.tar": 50, "music_70.tar": 50})) == set()
 
 
 def test_other_families_are_drift_if_there_were_many_tars_of_each_and_chance_if_there_were_few():
@@ -131,7 +125,8 @@ def test_other_families_are_drift_if_there_were_many_tars_of_each_and_chance_if_
 
 def test_too_few_recordings_are_not_measured_and_no_warning():
     few = [row(recordings=MIN_RECORDINGS // 5 - 1)] * 5
-    for statistics in ([], [row()], [row()] * 5 + few, few + [row()] * 5):
+    barren = [row(recordings=500, clips=19)] * 5  # nearly all were passed over
+    for statistics in ([], [row()], [row()] * 5 + few, few + [row()] * 5, [row()] * 5 + barren):
         drift = drift_of(statistics)
         assert drift.keys() == THRESHOLDS.keys() - {"embedding"}
         assert all(map(math.isnan, drift.values())) and warnings_of(drift) == []
