@@ -177,6 +177,8 @@ class Worker:
             pass  # what is cut by now is a short shard
         except Unreachable as e:
             self.failure = e  # the same, and then this worker leaves
+        draft.open_tars = len(self.readers)
+        draft.wanted_tars = min(self.config.open_tars, self.lake.num_sound_tars())
         return draft
 
     def fill_anchor(self) -> Draft:

@@ -19,6 +19,11 @@ CLIP_SAMPLES = 32_000  # 2 s: the only length that HeAR takes
 MIN_RATE_HZ, MAX_RATE_HZ = 4_000, 384_000  # a header is not to be trusted: at 1 Hz, 300 kB become gigabytes
 MAX_LEVEL = 1e6  # of full scale; a float WAV may hold anything, and sums of 1e38 are infinite
 MAX_HOURS = 24  # of one recording; a FLAC of silence of 512 MiB is weeks long
+BAND_FRAMES, BAND_FRAME_SAMPLES = 4, 1024  # of a clip, in 30 us; what these miss, the next clips have
+BAND_BINS = np.array([4, 8, 16, 32, 64, 128, 256])  # of 15.6 Hz, where the octaves from 62.5 Hz to 8 kHz begin
+BAND_WINDOW = np.hanning(BAND_FRAME_SAMPLES).astype(np.float32)
+BAND_SCALE = 2 / (BAND_FRAMES * BAND_FRAME_SAMPLES * float(BAND_WINDOW @ BAND_WINDOW) * 32768**2)  # Parseval
+MIN_BAND_POWER = 1e-10  # of full scale; far below what 16 bits can hold
 BLOCK_VALUES = 1 << 16  # decoded at a time, over all channels; libsndfile writes zeros where a block is too long
 
 
@@ -149,6 +154,17 @@ def rms_db(samples: np.ndarray) -> float:
     values = samples.astype(np.float64)
     energy = float(values @ values)
     return 10 * math.log10(energy / len(samples) / 32768**2) if energy > 0 else -math.inf
+
+
+def band_levels_db(samples: np.ndarray) -> np.ndarray:
+    """[32000] int16 -> [7] levels in the octaves from 62.5 Hz to 8 kHz, in dB as `rms_db`, but -100 for silence.
+
+    From four frames that are spread over the clip.
+    """
+    frames = samples.reshape(BAND_FRAMES, -1)[:, :BAND_FRAME_SAMPLES] * BAND_WINDOW  # [4, 1024]
+    spectrum = np.fft.rfft(frames)  # [4, 513]
+    energy = (spectrum.real**2 + spectrum.imag**2).sum(axis=0)[:-1]  # [512]
+    return 10 * np.log10(np.add.reduceat(energy, BAND_BINS) * BAND_SCALE + MIN_BAND_POWER)
 
 
 def _resampled_blocks(data: bytes) -> Iterator[np.ndarray]:

@@ -18,7 +18,17 @@ from itertools import islice
 
 import numpy as np
 
-from hear_distill.audio import CLIP_SAMPLES, SAMPLE_RATE, DecodeError, clip_starts, clips_in, decode_blocks, rms_db
+from hear_distill.audio import (
+    CLIP_SAMPLES,
+    SAMPLE_RATE,
+    DecodeError,
+    band_levels_db,
+    clip_starts,
+    clips_in,
+    decode_blocks,
+    rms_db,
+)
+from hear_distill.drift import Moments
 from hear_distill.schema import ANCHOR, RECENT, TRAIN, Cursor
 from hear_distill.shards import Clip, recording_hash
 from hear_distill.sources import Source
@@ -104,6 +114,12 @@ class Draft:
     groups: set[str] = field(default_factory=set)
     """what `clips` belong to; kept for the anchor only"""
     levels_db: list[float] = field(default_factory=list)
+    bands_db: list[np.ndarray] = field(default_factory=list)
+    """[7] of each clip"""
+    open_tars: int = 0
+    """when it was full; 0 for the anchor, which is not mixed"""
+    wanted_tars: int = 0
+    """to mix it from; more are not open where the source comes to its end"""
     heard_s: float = 0.0
     """length of the recordings that were begun"""
     clock_s: Counter[str] = field(default_factory=Counter)
@@ -133,7 +149,10 @@ class Draft:
             "clips": self.num_clips(),
             "heard_s": round(self.heard_s, 1),
             "levels_db": np.histogram(np.clip(self.levels_db, LEVELS_DB[0], LEVELS_DB[-1]), LEVELS_DB)[0].tolist(),
+            "bands_db": Moments.of(np.array(self.bands_db)).to_json() if self.bands_db else None,
             "tars": Counter(clip.tar for clips in self.clips.values() for clip in clips),
+            "open_tars": self.open_tars,
+            "wanted_tars": self.wanted_tars,
             "clock_s": {activity: round(seconds, 3) for activity, seconds in self.clock_s.items()},
         }
 
@@ -251,6 +270,7 @@ class Reader:
                 draft.counts["skipped: silent clips"] += 1
                 continue
             draft.levels_db.append(level_db)
+            draft.bands_db.append(band_levels_db(samples))
             draft.clips[split].append(
                 Clip(
                     tar=self.cursor.name,

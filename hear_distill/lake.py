@@ -30,8 +30,20 @@ from types import MappingProxyType
 from typing import Any
 
 from hear_distill.files import UserError, crash_point, fsync_folder, make_folder
-from hear_distill.ledger import SPARE, TRAINED, TRAINED_AGAIN, Ledger
-from hear_distill.schema import ANCHOR, RECENT, SCHEMA, SCHEMA_VERSION, TRAIN, Cursor, Identity, Part, Shard
+from hear_distill.ledger import SPARE, Ledger
+from hear_distill.schema import (
+    ANCHOR,
+    RECENT,
+    SCHEMA,
+    SCHEMA_VERSION,
+    SUMS,
+    SUMS_OF_SHARDS,
+    TRAIN,
+    Cursor,
+    Identity,
+    Part,
+    Shard,
+)
 
 NO_USES: Mapping[int, int] = MappingProxyType({})
 
@@ -64,8 +76,10 @@ class Lake(Ledger):
             lake = cls(root)
         wanted = {name: str(value) for name, value in asdict(identity).items()}
         with lake.transaction():
-            for statement in SCHEMA.split(";\n"):
+            for statement in SCHEMA:
                 lake.db.execute(statement)
+            if lake.db.execute("SELECT 1 FROM sums").fetchone() is None:  # a lake that was made before there were any
+                lake.db.execute(f"INSERT INTO sums {SUMS_OF_SHARDS}")
             settings = dict(lake.db.execute("SELECT name, value FROM settings").fetchall())
             found = {name: settings[name] for name in wanted if name in settings}
             if not found:
@@ -145,7 +159,7 @@ class Lake(Ledger):
         """
         self._push_out(num_bytes)
         with self.transaction():
-            if split == ANCHOR and self._sum("1", "split = 'anchor'"):
+            if split == ANCHOR and self._sum("num_shards", "split = 'anchor'"):
                 return None
             if self.used_bytes() + num_bytes > self.cap_bytes():
                 raise LakeFull(f"{self.used_bytes()} of {self.cap_bytes()} bytes are in use, {num_bytes} more needed")
@@ -161,9 +175,11 @@ class Lake(Ledger):
         """Retire spare shards until `num_bytes` fit; none if even all of them would not be enough."""
         with self.transaction():
             missing = self.used_bytes() + num_bytes - self.cap_bytes()
-            if not 0 < missing <= self._sum("num_bytes", SPARE):
+            if not 0 < missing <= self._sum("num_spare_bytes", SPARE):
                 return
-            rows = self.db.execute(f"SELECT id, num_bytes FROM shards WHERE {SPARE} ORDER BY num_uses DESC, id")
+            rows = self.db.execute(
+                f"SELECT id, num_bytes FROM shards WHERE {SPARE} AND num_safe_uses > 0 ORDER BY num_uses DESC, id"
+            )
             for row in rows.fetchall():
                 if missing > 0:
                     missing -= row["num_bytes"]
@@ -365,9 +381,9 @@ class Lake(Ledger):
 
     def finish_retiring(self) -> None:
         """Delete the files of retiring shards, then turn their rows into totals; also after a kill in between."""
+        trained, again = (SUMS[name].format(row="shards") for name in ("num_trained", "num_trained_again"))
         rows = self.db.execute(
-            f"SELECT id, split, num_clips, {TRAINED} AS trained, {TRAINED_AGAIN} AS again"
-            " FROM shards WHERE state = 'retiring'"
+            f"SELECT id, split, num_clips, {trained} AS trained, {again} AS again FROM shards WHERE state = 'retiring'"
         ).fetchall()
         for row in rows:
             self.path(row["id"], row["split"]).unlink(missing_ok=True)
@@ -417,16 +433,16 @@ class Lake(Ledger):
                 self.db.execute("UPDATE shards SET num_bytes = 0 WHERE id = ? AND split = ?", (row["id"], row["split"]))
 
     def retire_recent(self, num_clips_to_keep: int) -> None:
-        """Let the oldest `recent` validation shards go while more than `num_clips_to_keep` clips would stay."""
+        """Let the oldest `recent` validation shards go as long as `num_clips_to_keep` clips stay: it never shrinks."""
         with self.transaction():
             rows = self.db.execute(
                 "SELECT id, num_clips FROM shards WHERE split = ? AND state = 'ready' ORDER BY id DESC", (RECENT,)
             ).fetchall()
             kept = 0
             for row in rows:
-                kept += row["num_clips"]
-                if kept > num_clips_to_keep:
+                if kept >= num_clips_to_keep:
                     self._retire(row["id"], RECENT)
+                kept += row["num_clips"]
         self.finish_retiring()
 
 

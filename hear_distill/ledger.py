@@ -14,15 +14,10 @@ from typing import Any, Self
 
 from hear_distill.files import UserError
 from hear_distill.locks import is_locked
-from hear_distill.schema import SCHEMA_VERSION, TRAIN, Books, Shard
+from hear_distill.schema import SCHEMA_VERSION, SUMS_OF_SHARDS, TRAIN, Books, Shard
 
 LOCK_WAIT_S = 60.0
-
-
-# Of a train shard, in clips: used for the first time, and later uses.
-TRAINED = "CASE WHEN num_uses THEN num_clips ELSE num_covered END"
-TRAINED_AGAIN = "CASE WHEN num_uses THEN (num_uses - 1) * num_clips + num_covered ELSE 0 END"
-SPARE = "split = 'train' AND state = 'ready' AND num_safe_uses > 0"  # what makes room where it is needed
+SPARE = "split = 'train' AND state = 'ready'"  # of `num_spare_bytes`
 
 
 class Ledger:
@@ -80,10 +75,14 @@ class Ledger:
         """Whether the process of this id still holds its lock. No clocks, and no process id that could be reused."""
         return owner is not None and is_locked(self.root / "owners" / f"{owner}.lock")
 
-    def statistics(self, num_shards: int) -> list[dict[str, Any]]:
-        """What was noted of the newest shards, oldest first, with `id` and `time` (unix seconds)."""
-        rows = self.db.execute("SELECT * FROM statistics ORDER BY id DESC LIMIT ?", (num_shards,)).fetchall()
-        return [{"id": row["id"], "time": row["time"], **json.loads(row["content"])} for row in reversed(rows)]
+    def statistics(self, num_newest: int, num_first: int = 0) -> list[dict[str, Any]]:
+        """What was noted of the first and of the newest shards, each once, by id; with `time` (unix seconds)."""
+        rows = self.db.execute(
+            "SELECT * FROM statistics WHERE id IN (SELECT id FROM statistics ORDER BY id LIMIT ?)"
+            " OR id IN (SELECT id FROM statistics ORDER BY id DESC LIMIT ?) ORDER BY id",
+            (num_first, num_newest),
+        ).fetchall()
+        return [{"id": row["id"], "time": row["time"], **json.loads(row["content"])} for row in rows]
 
     def totals(self) -> Counter[str]:
         """Everything that is only counted: clips cut and trained, recordings, skips by reason."""
@@ -103,7 +102,7 @@ class Ledger:
 
     def has_room(self) -> bool:
         """Whether another shard could be begun now; spare ones would make way for it."""
-        needed = self.used_bytes() - self._sum("num_bytes", SPARE) + int(self.setting("reservation_bytes"))
+        needed = self.used_bytes() - self._sum("num_spare_bytes", SPARE) + int(self.setting("reservation_bytes"))
         return needed <= self.cap_bytes()
 
     def wants_room(self) -> bool:
@@ -113,10 +112,11 @@ class Ledger:
 
     def unread_clips(self) -> int:
         """Train clips that no trainer has ever been handed: the level of the reservoir."""
-        return self._sum("num_clips - num_read", "split = 'train' AND state IN ('ready', 'leased') AND num_uses = 0")
+        return self._sum("num_unread", "split = 'train' AND state IN ('ready', 'leased')")
 
-    def _sum(self, column: str, condition: str) -> int:
-        return self.db.execute(f"SELECT coalesce(sum({column}), 0) FROM shards WHERE {condition}").fetchone()[0]
+    def _sum(self, columns: str, condition: str) -> int:
+        """Over shards of these splits and states; see SUMS."""
+        return self.db.execute(f"SELECT coalesce(sum({columns}), 0) FROM sums WHERE {condition}").fetchone()[0]
 
     def tar_states(self) -> Counter[str]:
         """Source tars by state; `free` counts those that a new worker could take."""
@@ -124,10 +124,15 @@ class Ledger:
         free = "SELECT count(*) FROM tars WHERE owner IS NULL AND state IN ('waiting', 'open')"
         return states + Counter(free=self.db.execute(free).fetchone()[0])
 
+    def num_sound_tars(self) -> int:
+        """Tars of the source that are not known to be broken."""
+        states = self.tar_states()
+        return states["waiting"] + states["open"] + states["done"]
+
     def is_drained(self) -> bool:
         """Whether no train shard will come any more: all tars are read, none is being written and none is ready."""
         states = self.tar_states()
-        is_coming = self._sum("1", "state = 'writing' OR (state = 'ready' AND split = 'train')")
+        is_coming = self._sum("num_shards", "state = 'writing' OR (state = 'ready' AND split = 'train')")
         return not (states["waiting"] or states["open"] or is_coming)
 
     def anchor_groups(self) -> set[str]:
@@ -137,7 +142,8 @@ class Ledger:
 
     def has_anchor(self) -> bool:
         """Whether the anchor validation is finished, or none is wanted."""
-        return bool(self._sum("1", "split = 'anchor' AND state = 'ready'")) or int(self.setting("val_clips")) == 0
+        is_finished = self._sum("num_shards", "split = 'anchor' AND state = 'ready'") > 0
+        return is_finished or int(self.setting("val_clips")) == 0
 
     def ready(self, split: str) -> list[Shard]:
         """Finished shards of one split that nobody holds, oldest first."""
@@ -155,27 +161,28 @@ class Ledger:
 
     def books(self) -> Books:
         """Where every clip is. One transaction, so the sums belong together."""
-        untrained = f"num_clips - ({TRAINED})"
+        untrained = "num_clips - num_trained"
         with self.transaction():
             totals = self.totals()
             return Books(
                 cut=totals["cut"],
                 ready=self._sum(untrained, "split = 'train' AND state = 'ready'"),
                 leased=self._sum(untrained, "split = 'train' AND state IN ('leased', 'retiring')"),
-                trained=self._sum(TRAINED, "split = 'train'") + totals["trained"],
-                trained_again=self._sum(TRAINED_AGAIN, "split = 'train'") + totals["trained again"],
+                trained=self._sum("num_trained", "split = 'train'") + totals["trained"],
+                trained_again=self._sum("num_trained_again", "split = 'train'") + totals["trained again"],
                 validation=self._sum("num_clips", "split != 'train' AND state IN ('ready', 'retiring')"),
                 retired_validation=totals["retired validation"],
                 quarantined=self._sum(untrained, "state = 'quarantined'"),
             )
 
     def disagreements(self) -> list[str]:
-        """What ledger and folders say differently, and books that do not balance; empty if all is well.
+        """What ledger and folders say differently, and books that are wrong; empty if all is well.
 
         Shards that a living worker is writing are left out: their files come and go.
         """
         found = [f"the books are off by {self.books().balance()} clips"] if self.books().balance() else []
         with self.transaction():  # nothing is published, leased or retired while we look
+            found += self._wrong_sums()
             rows = self.db.execute("SELECT * FROM shards WHERE state != 'quarantined'").fetchall()
             files = _sizes(self.root / "shards") | _sizes(self.root / "val")
         expected = {self.path(r["id"], r["split"]): r["num_bytes"] for r in rows if r["state"] in ("ready", "leased")}
@@ -190,6 +197,14 @@ class Ledger:
             if path.name.split(".")[0] not in writing | retiring:
                 found.append(f"{path} is on the disk, but not in the ledger")
         return found
+
+    def _wrong_sums(self) -> list[str]:
+        """Running sums that are not what the shards add up to."""
+        by_hand = {(row["state"], row["split"]): tuple(row)[2:] for row in self.db.execute(SUMS_OF_SHARDS)}
+        rows = {(row["state"], row["split"]): tuple(row)[2:] for row in self.db.execute("SELECT * FROM sums")}
+        kept = {name: sums for name, sums in rows.items() if any(sums)}
+        wrong = sorted(name for name in by_hand.keys() | kept.keys() if by_hand.get(name) != kept.get(name))
+        return [f"the sums of {' '.join(name)} shards are {kept.get(name)}, not {by_hand.get(name)}" for name in wrong]
 
 
 def _sizes(folder: Path) -> dict[Path, int]:

@@ -7,7 +7,7 @@ validation), each a row of its own once the shard is finished.
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-SCHEMA = """
+TABLES = """
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS tars (
     position INTEGER PRIMARY KEY,                -- in the seeded permutation
@@ -21,6 +21,7 @@ CREATE TABLE IF NOT EXISTS tars (
     num_outages INTEGER NOT NULL DEFAULT 0,      -- how often a worker gave up on it; such tars are taken last
     keys BLOB NOT NULL DEFAULT x''                -- 8 bytes of hash for each recording behind the cursor, while open
 ) STRICT;
+CREATE INDEX IF NOT EXISTS tars_by_state ON tars (state, owner);
 CREATE TABLE IF NOT EXISTS shards (
     id INTEGER NOT NULL,
     split TEXT NOT NULL CHECK (split IN ('train', 'anchor', 'recent')),
@@ -38,19 +39,68 @@ CREATE TABLE IF NOT EXISTS shards (
     problem TEXT,
     PRIMARY KEY (id, split)
 ) STRICT;
-CREATE INDEX IF NOT EXISTS shards_by_state ON shards (state, split, id);
+CREATE INDEX IF NOT EXISTS shards_in_turn ON shards (state, split, num_uses, id);
 CREATE TABLE IF NOT EXISTS anchor_groups (
     name TEXT PRIMARY KEY                        -- a recording or a video, in hexadecimal: keys may be no valid text
 ) STRICT;
 CREATE TABLE IF NOT EXISTS statistics (
-    id INTEGER PRIMARY KEY,                      -- of the shard; kept when it is retired, about 300 bytes each
+    id INTEGER PRIMARY KEY,                      -- of the shard; kept when it is retired, about 500 bytes each
     time REAL NOT NULL,                          -- unix seconds of its publication
     content TEXT NOT NULL                        -- JSON, see the streamer
 ) STRICT;
 CREATE TABLE IF NOT EXISTS totals (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS sums (                -- over the rows of shards, see SUMS
+    split TEXT NOT NULL,
+    state TEXT NOT NULL,
+    num_shards INTEGER NOT NULL,
+    num_bytes INTEGER NOT NULL,
+    num_spare_bytes INTEGER NOT NULL,
+    num_clips INTEGER NOT NULL,
+    num_trained INTEGER NOT NULL,
+    num_trained_again INTEGER NOT NULL,
+    num_unread INTEGER NOT NULL,
+    PRIMARY KEY (split, state)
+) STRICT, WITHOUT ROWID;
 """
 SCHEMA_VERSION = 2  # one more with each change above: a ledger of another version is refused
 TRAIN, ANCHOR, RECENT = "train", "anchor", "recent"
+
+# Columns of `sums`, each with what one shard adds to it. No question about a whole lake reads its shards one by one.
+SUMS = {
+    "num_shards": "1",
+    "num_bytes": "{row}.num_bytes",
+    # What makes room where it is needed: shards that nobody holds, with a whole pass in the second-newest checkpoint.
+    "num_spare_bytes": "CASE WHEN {row}.num_safe_uses > 0 THEN {row}.num_bytes ELSE 0 END",
+    "num_clips": "{row}.num_clips",
+    # Used for the first time, and later uses.
+    "num_trained": "CASE WHEN {row}.num_uses THEN {row}.num_clips ELSE {row}.num_covered END",
+    "num_trained_again": (
+        "CASE WHEN {row}.num_uses THEN ({row}.num_uses - 1) * {row}.num_clips + {row}.num_covered ELSE 0 END"
+    ),
+    "num_unread": "CASE WHEN {row}.num_uses THEN 0 ELSE {row}.num_clips - {row}.num_read END",
+}
+SUMS_OF_SHARDS = "SELECT split, state, {} FROM shards GROUP BY split, state".format(
+    ", ".join(f"sum({share.format(row='shards')})" for share in SUMS.values())
+)
+
+
+def _add_to_sums(row: str, sign: str) -> str:
+    """The statement of a trigger that adds a row, OLD or NEW, to the sums, or takes it off."""
+    shares = ", ".join(f"{sign}({share.format(row=row)})" for share in SUMS.values())
+    added = ", ".join(f"{name} = {name} + excluded.{name}" for name in SUMS)
+    return (
+        f"INSERT INTO sums VALUES ({row}.split, {row}.state, {shares}) ON CONFLICT (split, state) DO UPDATE SET {added}"
+    )
+
+
+# The sums are kept by the ledger itself, in the transaction of whatever changes a shard: no statement can forget them.
+SCHEMA = (
+    *TABLES.strip().rstrip(";").split(";\n"),
+    f"CREATE TRIGGER IF NOT EXISTS sum_added AFTER INSERT ON shards BEGIN {_add_to_sums('NEW', '+')}; END",
+    f"CREATE TRIGGER IF NOT EXISTS sum_gone AFTER DELETE ON shards BEGIN {_add_to_sums('OLD', '-')}; END",
+    "CREATE TRIGGER IF NOT EXISTS sum_changed AFTER UPDATE ON shards"
+    f" BEGIN {_add_to_sums('OLD', '-')}; {_add_to_sums('NEW', '+')}; END",
+)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from lake_tools import encoded, noise, run_python
 from reference.chunker import decode_in_one_shot, starts_by_the_book
 
 from hear_distill import audio
-from hear_distill.audio import DecodeError, clip_starts, clips_in, decode, decode_blocks, rms_db
+from hear_distill.audio import DecodeError, band_levels_db, clip_starts, clips_in, decode, decode_blocks, rms_db
 
 RATES = (8_000, 22_050, 44_100, 96_000)
 LAYOUTS = [("WAV", 1), ("WAV", 6), ("FLAC", 2), ("FLAC", 6), ("OGG", 2), ("OGG", 4), ("MP3", 1), ("MP3", 2)]
@@ -352,3 +352,23 @@ def test_the_level_of_any_clip_is_exact():
     for scale in (1, 30, 1_000, 32_000):
         samples = (noise(32_000, scale) // (20_000 / scale)).astype(np.int16)
         assert rms_db(samples) == pytest.approx(level_by_the_book(samples), abs=1e-12)
+
+
+@pytest.mark.parametrize("band", range(7))
+def test_a_tone_stands_in_the_octave_it_belongs_to_with_its_level(band):
+    tone = sine(int(1.5 * 62.5 * 2**band), 16_000, 2, level=0.5)
+    levels = band_levels_db(np.rint(32768 * tone).astype(np.int16))
+    assert levels[band] == pytest.approx(20 * math.log10(0.5) - 3.01, abs=0.1)
+    assert np.delete(levels, band).max() < -35
+
+
+def test_the_octaves_of_noise_add_up_to_its_level_less_what_lies_below_them():
+    samples = noise(32_000, 5)
+    power = 10 ** (band_levels_db(samples) / 10)
+    assert 10 * math.log10(power.sum()) == pytest.approx(rms_db(samples), abs=0.3)
+    np.testing.assert_allclose(np.diff(10 * np.log10(power))[2:], 3.01, atol=1), "twice as wide, twice the power"
+    assert band_levels_db(samples // 10) == pytest.approx(band_levels_db(samples) - 20, abs=0.1)
+
+
+def test_digital_silence_has_the_lowest_level_in_every_octave():
+    assert band_levels_db(np.zeros(32_000, np.int16)) == pytest.approx(-100)

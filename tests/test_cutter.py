@@ -1,6 +1,7 @@
 """One tar in, clips out: what is kept, what is passed over and counted, and where the cursor stands behind them."""
 
 import gc
+import json
 import math
 import tracemalloc
 from collections import Counter
@@ -253,4 +254,14 @@ def test_the_statistics_of_a_shard_add_up(tmp_path):
     assert (len(levels), sum(levels)) == (16, 5)
     assert (levels[0], levels[-1], levels[(96 - 43) // 6]) == (1, 2, 2), "digital silence stands in the lowest bin"
     assert statistics["tars"] == {"a.tar": 5}
+    bands = statistics["bands_db"]
+    assert (bands["count"], len(bands["mean"])) == (5, 7)
+    assert max(bands["mean"]) == bands["mean"][2] == pytest.approx((2 * -3 + 2 * -43 - 100) / 5, abs=0.2)  # 440 Hz
+    assert (statistics["open_tars"], statistics["wanted_tars"]) == (0, 0), "nobody has mixed it"
+    assert json.loads(json.dumps(statistics)) == statistics
     assert statistics["clock_s"].keys() == {"reading", "decoding", "cutting"}
+
+
+def test_a_shard_without_clips_has_statistics_as_well():
+    statistics = Draft().statistics()
+    assert (statistics["clips"], statistics["bands_db"], sum(statistics["levels_db"])) == (0, None, 0)

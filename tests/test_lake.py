@@ -446,11 +446,33 @@ def test_the_oldest_recent_validation_goes_and_the_anchor_stays(tmp_path):
     add_shard(lake, 6, "anchor")
     ids = [add_shard(lake, num_clips, "recent") for num_clips in (2, 3, 4)]
     train = add_shard(lake, 5)
-    lake.retire_recent(9)
-    assert [shard.id for shard in lake.ready("recent")] == ids
-    lake.retire_recent(8)
-    assert [shard.id for shard in lake.ready("recent")] == ids[1:]
-    lake.retire_recent(6)
-    assert [shard.id for shard in lake.ready("recent")] == ids[2:]
+    for num_clips_to_keep, num_gone in ((9, 0), (8, 0), (7, 1), (5, 1), (4, 2), (3, 2), (1, 2)):
+        lake.retire_recent(num_clips_to_keep)
+        assert [shard.id for shard in lake.ready("recent")] == ids[num_gone:]
     assert (lake.books().validation, lake.books().retired_validation) == (10, 5)
     assert ([shard.id for shard in lake.ready("train")], lake.has_anchor(), lake.disagreements()) == ([train], True, [])
+
+
+def test_a_full_lake_makes_room_with_train_shards_and_never_with_validation(tmp_path):
+    lake = make_lake(tmp_path, cap_clips=60)
+    lake.db.execute("UPDATE settings SET value = ? WHERE name = 'cap_bytes'", (str(6 * shard_bytes(10)),))
+    add_shard(lake, 10, "anchor")
+    add_shard(lake, 10, "recent")
+    for i in range(4):
+        add_shard(lake, 10)
+        lake.lease("trainer", "run")
+        for _ in range(2):
+            lake.record_checkpoint("trainer", {i + 2: b"\xff\x03"}, is_kept=True)
+        lake.give_back("trainer", [i + 2])
+    assert lake.used_bytes() == lake.cap_bytes()
+    held = [lake.ready(split) for split in ("anchor", "recent")]
+    for _ in range(4):
+        lake.begin_shard("worker", shard_bytes(10))
+    with pytest.raises(LakeFull):
+        lake.begin_shard("worker", 1)
+    again = Lake.open(tmp_path)
+    assert [again.ready(split) for split in ("anchor", "recent")] == held
+    assert (again.ready("train"), again.books().validation, [shards[0].path.exists() for shards in held]) == (
+        *([], 20),
+        [True, True],
+    )

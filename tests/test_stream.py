@@ -244,15 +244,18 @@ def test_what_is_kept_can_be_chosen_and_is_counted(tmp_path):
 # ---- stopping and going on ----
 
 
-def test_a_full_lake_ends_the_worker_and_room_lets_the_next_go_on(source, expected, tmp_path):
+def test_a_full_lake_ends_the_worker_keeps_its_validation_and_room_lets_the_next_go_on(source, expected, tmp_path):
     flags = ("--shard-clips", 8, *MIXED, "--cap-gb", (shard_bytes(120) + 8_192) / 2**30)
-    found, ends = [], []
+    found, ends, kept = [], [], set()
     while not ends or "the lake is full" in ends[-1]:
         worker = stream(source, tmp_path / "lake", *flags)
         assert worker.returncode == 0, worker.stderr
         ends.append(worker.stdout.splitlines()[-1])
         lake = assert_in_order(tmp_path / "lake")
         found += [clip for clip in clips_on_disk(tmp_path / "lake") if clip.folder == "shards"]
+        validation = {(shard.id, shard.sha256) for split in ("anchor", "recent") for shard in lake.ready(split)}
+        assert kept <= validation, "validation shrank because the lake was full, or begun again"
+        kept = validation
         while shard := lake.lease("trainer", "run"):
             for _ in range(2):
                 lake.record_checkpoint("trainer", {shard.id: ((1 << shard.num_clips) - 1).to_bytes(1, "little")})
