@@ -15,6 +15,7 @@ ALLOWED = {
     "audio": {"mp3"},
     "checkpoint": {"files"},
     "cli": {"files"},
+    "control": set(),
     "cutter": {"audio", "schema", "shards", "sources", "tars"},
     "data": {"audio", "files", "lake", "locks", "schema", "shards"},
     "demo": {"synthetic", "teacher"},
@@ -65,6 +66,7 @@ WITHOUT_TORCH = (
     "data",
     "runlog",
     "cli",
+    "control",
     "demo",
     "synthetic",
 )
