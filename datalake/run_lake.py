@@ -13,7 +13,6 @@ Streamers run until the lake is full and then leave; they are started again when
 crashes is started again, a few times an hour. The children end when this process does, however it ends.
 """
 
-import json
 import os
 import shlex
 import shutil
@@ -23,16 +22,16 @@ import sys
 import time
 from collections import deque
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import psutil
 
-from hear_distill import cli, demo
-from hear_distill.files import GIB, UserError, gib, write_json
+from hear_distill import cli, demo, status
+from hear_distill.files import GIB, UserError, gib
 from hear_distill.lake import Lake
-from hear_distill.locks import alone, is_locked
+from hear_distill.locks import alone
 from hear_distill.runlog import SUPERVISOR_FD, StopRequest, read_heartbeat
 
 
@@ -87,12 +86,8 @@ PRESETS = {
 ROOT = Path(__file__).resolve().parents[1]
 STREAMER = ROOT / "stream_laion_audio_clips.py"
 TRAINER = ROOT / "distill_hear_vit_s_canon2d.py"
-LOCK = "supervisor.lock"
 RESTART_AT_UNREAD = 0.5  # of the clips that were unread when the lake was last full, as published
 POLL_S = 0.5
-STATUS_S = 2.0
-ACTIVITIES = ("reading", "decoding", "cutting", "writing")  # of a streamer; reading is the network, or the disk
-SAY_S = 10.0  # between status lines where there is no terminal to overwrite one on
 END_S = 60.0  # for a child to leave in good order; a checkpoint on a slow disk fits
 HANG_S = 600.0  # without progress; loading the teacher and compiling take minutes
 CRASHES_PER_HOUR = 3
@@ -142,9 +137,6 @@ class Supervisor:
     crashes: deque[float] = field(default_factory=deque)
     start_after: float = 0.0
     """monotonic time before which nothing is started again"""
-    rates: dict[str, float] = field(default_factory=dict)
-    """clips per second cut and read, smoothed"""
-    seen: tuple[float, int, int] | None = None
 
 
 def say(message: str) -> None:
@@ -318,125 +310,31 @@ def end(supervisor: Supervisor) -> None:
     supervisor.lake.sweep()
 
 
-def update_rates(supervisor: Supervisor) -> None:
-    """Clips per second into and out of the lake, with a memory of about ten looks."""
-    cut = supervisor.lake.totals()["cut"]
-    books = supervisor.lake.books()
-    read = cut - books.validation - books.retired_validation - supervisor.lake.unread_clips()
-    now = time.monotonic()
-    if supervisor.seen:
-        seconds = now - supervisor.seen[0]
-        for name, count in (("in", cut - supervisor.seen[1]), ("out", read - supervisor.seen[2])):
-            supervisor.rates[name] = 0.9 * supervisor.rates.get(name, count / seconds) + 0.1 * count / seconds
-    supervisor.seen = (now, cut, read)
-
-
-def status_of(supervisor: Supervisor) -> dict[str, Any]:
-    """What status.json holds."""
-    lake, totals = supervisor.lake, supervisor.lake.totals()
-    return {
-        "time": time.time(),
-        "pid": os.getpid(),
-        "is_filling": supervisor.is_filling,
-        "has_disk": has_disk(supervisor.config),
-        "times_full": supervisor.times_full,
-        "times_restarted": supervisor.times_restarted,
-        "workers": len(supervisor.workers),
-        "used_bytes": lake.used_bytes(),
-        "cap_bytes": lake.cap_bytes(),
-        "unread_clips": lake.unread_clips(),
-        "clips_per_s": supervisor.rates,
-        "tars": lake.tar_states(),
-        "books": asdict(lake.books()),
-        "recordings": totals["recordings"],
-        "skipped": {k.removeprefix("skipped: "): v for k, v in totals.items() if k.startswith("skipped: ")},
-        "trainer": read_heartbeat(supervisor.config.out / "progress.json"),
-    }
-
-
-def line_of(status: dict[str, Any]) -> str:
-    """One line for people."""
-    fullness = status["used_bytes"] / status["cap_bytes"]
-    trainer, rates = status["trainer"], status["clips_per_s"]
-    loss = f", loss {trainer['loss']:.4g}" if trainer.get("loss") is not None else ""
-    state = "filling" if status["is_filling"] else "draining"
-    if not status["has_disk"]:
-        state = "stopped: the disk is below its floor"
-    waiting = ", waiting for data" if trainer.get("is_waiting") else ""
-    return (
-        f"lake [{'#' * round(20 * fullness):<20}] {status['unread_clips']} unread clips, "
-        f"{state}, {status['workers']} streamers, "
-        f"in {rates.get('in', 0):.0f}/s, out {rates.get('out', 0):.0f}/s; "
-        f"step {trainer.get('step', 0)} of {trainer.get('steps', '?')}{loss}{waiting}"
+def control_of(supervisor: Supervisor) -> status.Control:
+    """What only this process knows, for those who look."""
+    return status.Control(
+        is_filling=supervisor.is_filling,
+        has_disk=has_disk(supervisor.config),
+        times_full=supervisor.times_full,
+        times_restarted=supervisor.times_restarted,
+        workers=len(supervisor.workers),
     )
 
 
-class Display:
-    """Writes status.json, and one line that stays in place on a terminal or comes every ten seconds elsewhere."""
-
-    def __init__(self) -> None:
-        self.next_status = self.next_line = 0.0
-
-    def show(self, supervisor: Supervisor) -> None:
-        """Called every turn; does something every two seconds."""
-        now = time.monotonic()
-        if now < self.next_status:
-            return
-        self.next_status = now + STATUS_S
-        update_rates(supervisor)
-        status = status_of(supervisor)
-        write_json(supervisor.config.lake / "status.json", status)
-        if sys.stdout.isatty():
-            print(f"\r\x1b[K{line_of(status)}", end="", flush=True)
-        elif now >= self.next_line:
-            self.next_line = now + SAY_S
-            print(line_of(status))
-
-
-def worker_lines(lake: Path) -> list[str]:
-    """What each living streamer says of its last shard."""
-    lines = []
-    for path in sorted((lake / "heartbeats").glob("stream-*.json")):
-        beat = read_heartbeat(path)
-        if "clips_per_s" in beat and psutil.pid_exists(beat["pid"]):
-            shares = ", ".join(f"{beat[name]:.0%} {name}" for name in ACTIVITIES if name in beat)
-            lines.append(f"streamer    {beat['pid']}: {beat['clips']} clips, {beat['clips_per_s']:.0f}/s; {shares}")
-    return lines
-
-
 def show_status(config: Config) -> int:
-    """`status`: the table of a lake, whether or not it is running. Exit code 1 if no supervisor runs it."""
-    lake = Lake.open(config.lake)
-    path = config.lake / "status.json"
-    status = json.loads(path.read_text()) if path.exists() else {}
-    is_running = is_locked(config.lake / LOCK)
-    print(f"lake        {config.lake}: {'running' if is_running else 'not running'}")
-    print(f"reservoir   {lake.unread_clips()} unread clips, {gib(lake.used_bytes())} of {gib(lake.cap_bytes())}")
-    print("tars        " + ", ".join(f"{count} {state}" for state, count in lake.tar_states().items()))
-    print(f"books       {lake.books()}")
-    totals = lake.totals()
-    skips = [f"{n} {k.removeprefix('skipped: ')}" for k, n in totals.items() if k.startswith("skipped: ")]
-    print(f"recordings  {totals['recordings']} read; skipped: {', '.join(skips) or 'none'}")
-    for line in worker_lines(config.lake):
-        print(line)
-    if is_running and status:
-        print(f"now         {line_of(status)}")
-        print(f"history     full {status['times_full']} times, started again {status['times_restarted']} times")
-    return 0 if is_running else 1
+    """`status`."""
+    return status.show_status(config.lake)
 
 
 def check_lake(config: Config) -> int:
-    """`fsck`: what ledger and folders say differently; exit code 1 if they do."""
-    lake = Lake.open(config.lake)
-    found = lake.disagreements()
-    print("\n".join(found) if found else f"{config.lake}: ledger and folders agree; {lake.books()}")
-    return 1 if found else 0
+    """`fsck`."""
+    return status.check_lake(config.lake)
 
 
 def alone_on(lake: Path) -> AbstractContextManager[None]:
     """Hold the lake for this supervisor. Raises UserError if another has it."""
     refusal = f"another supervisor runs {lake}; look at it with: python datalake/run_lake.py status --lake {lake}"
-    return alone(lake / LOCK, refusal)
+    return alone(lake / status.LOCK, refusal)
 
 
 def check(config: Config) -> None:
@@ -454,10 +352,10 @@ def main(config: Config) -> None:
         supervisor.lake.sweep()
         for script in (STREAMER, TRAINER):
             print("$ " + shlex.join(["python", *command_of(script, config)[1:]]))
-        display = Display()
+        display = status.Display(supervisor.lake, config.out)
         try:
             while not stop and control(supervisor):
-                display.show(supervisor)
+                display.show(control_of(supervisor))
                 stop.wait(POLL_S)
         finally:
             end(supervisor)

@@ -150,7 +150,7 @@ def test_the_status_tells_what_each_living_streamer_spends_its_time_on(stage, su
     dead = Heartbeat(beats / "stream-3.json", "stream")
     dead.fixed["pid"] = 2**22 + 1  # above the kernel's largest
     dead.beat(5, clips=1, **speed)
-    (line,) = stage.worker_lines(supervisor.lake.root)
+    (line,) = stage.status.worker_lines(supervisor.lake.root)
     assert line.endswith("7000 clips, 312/s; 4% reading, 88% decoding, 8% writing")
 
 
@@ -171,7 +171,7 @@ def test_the_status_line_shows_a_loss_that_was_not_finite(stage):
     trainer = {"step": 7, "steps": 9, "loss": None}
     status = {"used_bytes": 1, "cap_bytes": 2, "unread_clips": 3, "is_filling": True, "workers": 1}
     status["has_disk"] = True
-    assert "step 7 of 9" in stage.line_of({**status, "clips_per_s": {}, "trainer": trainer})
+    assert "step 7 of 9" in stage.status.line_of({**status, "clips_per_s": {}, "trainer": trainer})
 
 
 @pytest.mark.parametrize("word", ["paper", "demo"])
