@@ -1,8 +1,8 @@
 """The control of the streamers against a simulated lake: hours of it in simulated time, nothing sleeps.
 
 The simulation knows nothing of the law but its answer. Workers take time to start, finish whole shards at a rate that
-varies from shard to shard, and reserve room before they fill it; the trainer takes what it wants while there is any, and
-gives room back at its checkpoints only.
+varies from shard to shard, and reserve room before they fill it; the trainer takes what it wants while there is any,
+and gives room back at its checkpoints only.
 """
 
 import math
@@ -263,6 +263,18 @@ def test_a_full_lake_whose_trainer_waits_for_more_than_is_unread_is_filled_again
     law.workers_wanted(look(0, 700, has_room=False))
     assert law.workers_wanted(look(1, 690)) == 0
     assert law.workers_wanted(look(2, 690, is_waiting=True)) == 4
+
+
+@pytest.mark.parametrize(("needed", "filling", "coasting"), [(2.9, 4, 2), (3.05, 4, 3), (3.2, 4, 3), (0.5, 1, 1)])
+def test_while_it_fills_the_workers_deliver_more_than_is_consumed_and_while_it_coasts_no_more(
+    needed, filling, coasting
+):
+    law, answers = Law(1, 4, 1_000), {}
+    for second in range(700):
+        unread = min(950, 300 + second)
+        law.workers_wanted(look(second, unread, handed_out=round(10 * needed * second)))
+        answers[law.mode] = law.num_workers
+    assert (answers["filling"], answers["coasting"]) == (filling, coasting)
 
 
 @pytest.mark.parametrize("min_workers", [1, 2, 3])
