@@ -13,6 +13,7 @@ Killed at any moment and started again, it leaves every clip of the source in ex
 
 import json
 import os
+import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import closing
@@ -26,6 +27,7 @@ from hear_distill import cli, demo
 from hear_distill.audio import CLIP_SAMPLES
 from hear_distill.cutter import Draft, Keep, Reader, parse_weights, split_of
 from hear_distill.files import GIB, UserError, gib
+from hear_distill.guard import Guard
 from hear_distill.lake import Lake, LakeFull
 from hear_distill.locks import Owner
 from hear_distill.remote import Unreachable
@@ -115,7 +117,7 @@ class Worker:
 
     def __init__(self, config: Config, source: Source, lake: Lake, owner: Owner, stop: StopRequest) -> None:
         self.config, self.source, self.lake, self.owner, self.stop = config, source, lake, owner, stop
-        self.keep = config.keep()
+        self.keep, self.guard = config.keep(), Guard(lake, owner)
         self.readers: list[Reader] = []
         self.counts: Counter[str] = Counter()
         self.failure: Unreachable | None = None
@@ -141,7 +143,7 @@ class Worker:
         if len(self.readers) >= count:
             return
         cursors = self.lake.take_tars(self.owner.id, count - len(self.readers))
-        self.readers += [Reader(self.source, cursor, self.keep, self.look) for cursor in cursors]
+        self.readers += [Reader(self.source, cursor, self.keep, self.look, self.guard) for cursor in cursors]
 
     def advance(self, reader: Reader, draft: Draft, room: int, split: Callable[[str], str]) -> bool:
         """`Reader.advance`, and a look at how it goes. Raises Stopped, Unreachable, SourceBroken."""
@@ -221,6 +223,9 @@ class Worker:
                     parts.append(Part(split, len(clips), shard_bytes(len(clips)), sha256))
         self.lake.publish(shard_id, parts, draft.cursors(), draft.counts, anchor_groups, draft.statistics())
         self.lake.retire_recent(self.config.val_clips)
+
+    def tell(self, shard_id: int, draft: Draft) -> None:
+        """What was published: for people, and in the heartbeat."""
         self.counts += draft.counts + Counter(cut=draft.num_clips())
         self.progress.update(draft.num_clips())
         if self.progress.disable:
@@ -242,10 +247,11 @@ class Worker:
             return True
         try:
             draft = self.fill_anchor() if is_anchor else self.fill(shard_id)
-        except (UserError, Stopped):
-            self.lake.abandon(shard_id)
+            self.write(shard_id, draft, anchor_groups=draft.groups if is_anchor else ())
+        except (UserError, Stopped, OSError, sqlite3.Error):  # a full disk is one of the last two
+            self.lake.abandon(shard_id)  # unless it was published before
             raise
-        self.write(shard_id, draft, anchor_groups=draft.groups if is_anchor else ())
+        self.tell(shard_id, draft)
         if self.failure:
             raise self.failure
         if is_anchor:

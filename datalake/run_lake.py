@@ -9,31 +9,30 @@ cost: one connection to the ledger and two looks a second; not measured
     python datalake/run_lake.py status --lake lake          # from another terminal
     python datalake/run_lake.py fsck --lake lake            # do ledger and folders agree?
 
-Streamers run until the lake is full and then leave; they are started again when half of it is read. A child that
-crashes is started again, a few times an hour. The children end when this process does, however it ends.
+As many streamers run as the trainer needs, none while the lake is full (hear_distill/control.py). A child that crashes
+or hangs is started again, a few times an hour; a full disk and a network that is down are waited for. The children end
+when this process does, however it ends. --on-event runs a command of yours on stop, crash-loop, disk-full and outage.
 """
 
-import json
 import os
 import shlex
-import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
-from collections import deque
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import psutil
-
-from hear_distill import cli, demo
-from hear_distill.files import GIB, UserError, gib, write_json
+from hear_distill import cli, demo, status
+from hear_distill.children import TROUBLES, Child, Hook, Restarts, end_children, rotate, start_child
+from hear_distill.control import Law, Look, rate_of_worker
+from hear_distill.files import GIB, UserError, free_bytes, gib, is_disk_full
 from hear_distill.lake import Lake
-from hear_distill.locks import alone, is_locked
-from hear_distill.runlog import SUPERVISOR_FD, StopRequest, read_heartbeat
+from hear_distill.locks import alone
+from hear_distill.runlog import StopRequest, read_heartbeat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +48,9 @@ class Config:
     cap_gb: float = 60.0
     """hard limit, in GiB, on all shards of the lake together"""
     disk_floor_gb: float = 20.0
-    """GiB that must stay free on the lake's disk; below it no streamer runs"""
+    """GiB that must stay free on the disks of --lake, --out and HF_HOME; below it no streamer runs"""
+    min_workers: int = 1
+    """streamers that run at least, while the lake is not full"""
     max_workers: int = 4
     """streamers at the same time, one core each"""
     recipe: Literal["best", "paper", "demo"] = "best"
@@ -58,10 +59,14 @@ class Config:
     """more for each streamer, in quotes: --stream-args "--shard-clips 2000" """
     train_args: str = ""
     """more for the trainer, in quotes: --train-args "--steps 1000 --seed 1" """
+    on_event: str = ""
+    """shell command for events; HEAR_EVENT, HEAR_MESSAGE and HEAR_LAKE tell it what happened"""
 
     def __post_init__(self) -> None:
         if self.max_workers < 1:
             raise ValueError(f"--max-workers must be at least 1, got {self.max_workers}")
+        if not 1 <= self.min_workers <= self.max_workers:
+            raise ValueError(f"--min-workers must be 1 to --max-workers {self.max_workers}, got {self.min_workers}")
         if self.cap_gb <= 0:
             raise ValueError(f"--cap-gb must be positive, got {self.cap_gb}")
         for name in ("stream_args", "train_args"):
@@ -87,64 +92,39 @@ PRESETS = {
 ROOT = Path(__file__).resolve().parents[1]
 STREAMER = ROOT / "stream_laion_audio_clips.py"
 TRAINER = ROOT / "distill_hear_vit_s_canon2d.py"
-LOCK = "supervisor.lock"
-RESTART_AT_UNREAD = 0.5  # of the clips that were unread when the lake was last full, as published
 POLL_S = 0.5
-STATUS_S = 2.0
-ACTIVITIES = ("reading", "decoding", "cutting", "writing")  # of a streamer; reading is the network, or the disk
-SAY_S = 10.0  # between status lines where there is no terminal to overwrite one on
 END_S = 60.0  # for a child to leave in good order; a checkpoint on a slow disk fits
 HANG_S = 600.0  # without progress; loading the teacher and compiling take minutes
-CRASHES_PER_HOUR = 3
-OUTAGE_S = 300.0  # between attempts on a source that cannot be reached
-BACKOFF_S = 5.0  # after the first crash, doubled with each
-
-
-@dataclass
-class Child:
-    """A process of ours, started again when it crashes."""
-
-    name: str
-    command: list[str]
-    log: Path
-    process: psutil.Popen
-    heartbeat: Path
-    last_progress: tuple[int, float] = (-1, 0.0)
-    """the counter, and when it last changed on our own monotonic clock"""
-
-    def is_hung(self) -> bool:
-        """Whether the progress counter has stood still for HANG_S."""
-        progress = read_heartbeat(self.heartbeat).get("progress", -1)
-        if progress != self.last_progress[0] or not self.last_progress[1]:
-            self.last_progress = (progress, time.monotonic())
-        return time.monotonic() - self.last_progress[1] > HANG_S
-
-    def last_words(self) -> str:
-        """The last line of its log, for people."""
-        lines = self.log.read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it said nothing"
+HOOK_END_S = 5.0  # for the user's command, when we end
+RATE_SHARDS = 64  # the newest, whose work tells what a streamer delivers
 
 
 @dataclass
 class Supervisor:
-    """The state of the control loop. Everything else is in the ledger, so a restarted supervisor knows as much."""
+    """The state of the loop. Everything else is in the ledger, so a restarted supervisor knows as much."""
 
     config: Config
     lake: Lake
     pipe: int
     """read end that every child inherits; we hold the other, which closes when we die"""
+    law: Law
+    hook: Hook
+    restarts: Restarts
     workers: list[Child] = field(default_factory=list)
     trainer: Child | None = None
-    is_filling: bool = True
-    unread_when_full: int = 0
-    times_full: int = 0
-    times_restarted: int = 0
-    crashes: deque[float] = field(default_factory=deque)
-    start_after: float = 0.0
-    """monotonic time before which nothing is started again"""
-    rates: dict[str, float] = field(default_factory=dict)
-    """clips per second cut and read, smoothed"""
-    seen: tuple[float, int, int] | None = None
+    num_decoder_deaths: int = 0
+    """of those in the ledger, how many belong to crashes that were booked"""
+
+
+def supervisor_of(config: Config, pipe: int) -> Supervisor:
+    """At the start of a run, on the lake that the streamer's check has made or joined."""
+    lake = Lake.open(config.lake)
+    clip_bytes = int(lake.setting("reservation_bytes")) / int(lake.setting("shard_clips"))
+    law = Law(config.min_workers, config.max_workers, full=lake.cap_bytes() / clip_bytes)
+    hook = Hook(config.on_event, config.lake, say)
+    lake.sweep()
+    restarts, num_deaths = Restarts(hook, say), lake.totals()["decoder deaths"]
+    return Supervisor(config, lake, pipe, law, hook, restarts, num_decoder_deaths=num_deaths)
 
 
 def say(message: str) -> None:
@@ -175,29 +155,21 @@ def check_children(config: Config) -> None:
 
 
 def start(supervisor: Supervisor, script: Path, name: str) -> Child:
-    """Start a child in a session of its own: Ctrl-C reaches us alone, and we end the children in good order."""
+    """Start a streamer or the trainer."""
     config = supervisor.config
-    command, log = command_of(script, config), config.lake / "logs" / f"{name}.log"
-    log.parent.mkdir(exist_ok=True)
-    with log.open("a") as f:
-        process = psutil.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=f,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            pass_fds=(supervisor.pipe,),
-            env={
-                **os.environ,
-                SUPERVISOR_FD: str(supervisor.pipe),
-                "OMP_NUM_THREADS": str(num_threads(script, config)),
-            },
-        )
-    is_trainer = script == TRAINER
-    heartbeat = (
-        config.out / "progress.json" if is_trainer else config.lake / "heartbeats" / f"stream-{process.pid}.json"
+    return start_child(
+        name,
+        command_of(script, config),
+        log=config.lake / "logs" / f"{name}.log",
+        pipe=supervisor.pipe,
+        heartbeat=lambda pid: heartbeat_of(script, config, pid),
+        num_threads=num_threads(script, config),
     )
-    return Child(name, command, log, process, heartbeat)
+
+
+def heartbeat_of(script: Path, config: Config, pid: int) -> Path:
+    """The file in which a child says how far it is."""
+    return config.out / "progress.json" if script == TRAINER else config.lake / "heartbeats" / f"stream-{pid}.json"
 
 
 def num_threads(script: Path, config: Config) -> int:
@@ -213,10 +185,10 @@ def reap(supervisor: Supervisor, child: Child) -> int | None:
 
     Raises UserError if the child said that the user must act, or if children crash too often.
     """
-    if child.is_hung():
+    if child.is_hung(HANG_S):
         say(f"{child.name} made no progress for {HANG_S:.0f} s: killed")
-        child.process.kill()
-    code = child.process.poll()
+        child.kill()
+    code = child.poll()
     if code is None:
         return None
     if child is not supervisor.trainer:
@@ -224,66 +196,84 @@ def reap(supervisor: Supervisor, child: Child) -> int | None:
     supervisor.lake.sweep()
     if code == 2:
         raise UserError(f"{child.name}: {child.last_words().removeprefix('error: ')}")
-    if code == os.EX_TEMPFAIL:  # a network that is down for a night must not end a run of a week
-        say(f"{child.name}: {child.last_words().removeprefix('error: ')}; trying again in {OUTAGE_S:.0f} s")
-        supervisor.start_after = time.monotonic() + OUTAGE_S
+    totals = supervisor.lake.totals()
+    if code in TROUBLES:  # a network that is down for a night must not end a run of a week
+        supervisor.restarts.wait_out(child, code, totals["cut"])
     elif code not in (0, -signal.SIGTERM):  # asked to leave before it could listen, a child ends by the signal itself
-        book_crash(supervisor, child, code)
+        is_decoder = child is not supervisor.trainer and totals["decoder deaths"] > supervisor.num_decoder_deaths
+        supervisor.num_decoder_deaths += is_decoder  # one each: a sweep finds all that died since the last
+        supervisor.restarts.book_crash(child, code, is_decoder)
     return code
 
 
-def book_crash(supervisor: Supervisor, child: Child, code: int) -> None:
-    """Count a crash and choose when to start again. Raises UserError if there were too many in the last hour."""
-    now = time.monotonic()
-    supervisor.crashes.append(now)
-    while now - supervisor.crashes[0] > 3600:
-        supervisor.crashes.popleft()
-    num_crashes = len(supervisor.crashes)
-    say(f"{child.name} ended with code {code} ({child.last_words()}); crash {num_crashes} within an hour")
-    if num_crashes > CRASHES_PER_HOUR:
-        raise UserError(
-            f"{num_crashes} crashes within an hour, {CRASHES_PER_HOUR} are allowed; the last was {child.name}: "
-            f"{child.last_words()}; look at {child.log}, then run the same command again"
-        )
-    supervisor.start_after = now + BACKOFF_S * 2 ** (num_crashes - 1)
-
-
-def update_filling(supervisor: Supervisor) -> None:
-    """Fill until the cap leaves no room for a shard, then not again before half of the clips are read."""
-    lake = supervisor.lake
-    has_room, unread = lake.has_room(), lake.unread_clips()
-    if supervisor.is_filling and not has_room and not supervisor.workers:
-        supervisor.is_filling = False
-        supervisor.unread_when_full = unread
-        supervisor.times_full += 1
-        say(f"the lake is full: {unread} unread clips, {gib(lake.used_bytes())} of {gib(lake.cap_bytes())}")
-        return
-    is_half_read = unread <= RESTART_AT_UNREAD * supervisor.unread_when_full
-    is_starved = read_heartbeat(supervisor.config.out / "progress.json").get("is_waiting", False)
-    if not supervisor.is_filling and has_room and (is_half_read or is_starved):
-        supervisor.is_filling = True
-        supervisor.times_restarted += 1
-        reason = "half of the lake is read" if is_half_read else "the trainer waits"
-        say(f"{reason}: {unread} unread clips are left; the streamers start again")
+def disks_below_floor(config: Config) -> list[Path]:
+    """Folders of this run whose disks have less free room than the floor."""
+    cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()  # of the teacher
+    floor_bytes = config.disk_floor_gb * GIB
+    return [folder for folder in (config.lake, config.out, cache) if free_bytes(folder) < floor_bytes]
 
 
 def has_disk(config: Config) -> bool:
-    """Whether the lake's disk has more free room than the floor."""
-    return shutil.disk_usage(config.lake).free >= config.disk_floor_gb * GIB
+    """Whether all disks of this run are above the floor."""
+    return not disks_below_floor(config)
 
 
-def num_workers_wanted(supervisor: Supervisor) -> int:
-    """How many streamers should run now. One alone cuts the anchor validation, which takes the heads of many tars."""
-    config, lake = supervisor.config, supervisor.lake
-    if not supervisor.is_filling or not has_disk(config) or not lake.has_room():
-        return 0
-    if not lake.has_anchor():
-        return 1
-    return min(config.max_workers, len(supervisor.workers) + lake.tar_states()["free"])
+def look_at(supervisor: Supervisor) -> Look:
+    """What the law needs to know."""
+    lake, unread, books = supervisor.lake, supervisor.lake.unread_clips(), supervisor.lake.books()
+    trainer = read_heartbeat(supervisor.config.out / "progress.json") if supervisor.trainer else {}
+    num_useful = len(supervisor.workers) + lake.tar_states()["free"]
+    return Look(
+        time_s=time.monotonic(),
+        unread=unread,
+        handed_out=books.cut - books.validation - books.retired_validation - books.quarantined - unread,
+        worker_rate=rate_of_worker(lake.statistics(RATE_SHARDS)),
+        has_room=lake.has_room(),
+        has_disk=has_disk(supervisor.config),
+        is_waiting=bool(trainer.get("is_waiting")),
+        # One alone cuts the anchor validation, which takes the heads of many tars.
+        num_useful=num_useful if lake.has_anchor() else min(1, num_useful),
+    )
+
+
+def decide(supervisor: Supervisor) -> tuple[int, bool]:
+    """How many streamers are wanted, and whether more than those may finish what they have reserved."""
+    law, lake, look = supervisor.law, supervisor.lake, look_at(supervisor)
+    before = law.mode
+    wanted = law.workers_wanted(look)
+    if law.mode != before:
+        if law.mode == "full":
+            say(f"the lake is full: {look.unread} unread clips, {gib(lake.used_bytes())} of {gib(lake.cap_bytes())}")
+        elif law.mode == "no disk":
+            folders = ", ".join(map(str, disks_below_floor(supervisor.config)))
+            floor = f"--disk-floor-gb {supervisor.config.disk_floor_gb}"
+            problem = f"no streamers: less than {floor} is free on the disk of {folders}"
+            supervisor.restarts.begin_trouble("disk-full", problem, lake.totals()["cut"])
+        elif before == "full":
+            reason = "the trainer waits" if look.is_waiting else "half of the lake is read"
+            say(f"{reason}: {look.unread} unread clips are left; the streamers start again")
+    return wanted, law.mode == "full" and not look.has_room
+
+
+def adjust(supervisor: Supervisor, num_wanted: int, may_finish: bool) -> None:
+    """Ask surplus streamers to leave, the newest first, each with a short shard; or start what is missing."""
+    staying = [child for child in supervisor.workers if not child.is_asked]
+    for child in [] if may_finish else staying[num_wanted:]:
+        child.ask()
+    if not supervisor.restarts.may_start("stream"):
+        return
+    taken = {child.name for child in supervisor.workers}
+    free_names = [n for n in (f"stream-{i}" for i in range(supervisor.config.max_workers)) if n not in taken]
+    for name in free_names[: max(0, num_wanted - len(taken))]:
+        supervisor.workers.append(start(supervisor, STREAMER, name))
 
 
 def control(supervisor: Supervisor) -> bool:
     """One turn of the loop. False when the trainer is done."""
+    for child in (*supervisor.workers, *([supervisor.trainer] if supervisor.trainer else [])):
+        rotate(child.log)
+    for line in supervisor.trainer.new_warnings() if supervisor.trainer else ():
+        say(f"train: {line}")  # a checkpoint that lost its hash, a disk that is full
     supervisor.workers = [child for child in supervisor.workers if reap(supervisor, child) is None]
     code = reap(supervisor, supervisor.trainer) if supervisor.trainer else None
     if code is not None:
@@ -291,152 +281,68 @@ def control(supervisor: Supervisor) -> bool:
         if code == 0:
             say(f"train: {words}")
             return False
-    update_filling(supervisor)
-    if not has_disk(supervisor.config):
-        for child in supervisor.workers:
-            child.process.send_signal(signal.SIGTERM)  # it publishes what it has cut, and leaves
-    if time.monotonic() >= supervisor.start_after:
-        if supervisor.trainer is None:
-            supervisor.trainer = start(supervisor, TRAINER, "train")
-        taken = {child.name for child in supervisor.workers}
-        free_names = [n for n in (f"stream-{i}" for i in range(supervisor.config.max_workers)) if n not in taken]
-        for name in free_names[: max(0, num_workers_wanted(supervisor) - len(taken))]:
-            supervisor.workers.append(start(supervisor, STREAMER, name))
+    supervisor.restarts.end_troubles(supervisor.lake.totals()["cut"])
+    if supervisor.trainer is None and supervisor.restarts.may_start("train"):
+        supervisor.trainer = start(supervisor, TRAINER, "train")
+    adjust(supervisor, *decide(supervisor))
+    supervisor.hook.look()
     return True
 
 
-def end(supervisor: Supervisor) -> None:
-    """Ask every child to leave, wait, then make it leave."""
-    children = [*supervisor.workers, *([supervisor.trainer] if supervisor.trainer else [])]
-    for child in children:
-        if child.process.is_running():
-            child.process.send_signal(signal.SIGTERM)
-    _, alive = psutil.wait_procs([child.process for child in children], timeout=END_S)
-    for process in alive:
-        process.kill()
-    psutil.wait_procs(alive, timeout=END_S)
-    supervisor.lake.sweep()
+def turn(supervisor: Supervisor, display: status.Display) -> bool:
+    """One turn, and a look. A full disk, on which not even the ledger can grow, is said and waited for."""
+    try:
+        if not control(supervisor):
+            return False
+        display.show(control_of(supervisor))
+    except (OSError, sqlite3.Error) as e:
+        if not is_disk_full(e):
+            raise
+        problem = f"the disk is full: {e}; trying again until there is room"
+        supervisor.restarts.begin_trouble("disk-full", problem, supervisor.lake.totals()["cut"])
+    return True
 
 
-def update_rates(supervisor: Supervisor) -> None:
-    """Clips per second into and out of the lake, with a memory of about ten looks."""
-    cut = supervisor.lake.totals()["cut"]
-    books = supervisor.lake.books()
-    read = cut - books.validation - books.retired_validation - supervisor.lake.unread_clips()
-    now = time.monotonic()
-    if supervisor.seen:
-        seconds = now - supervisor.seen[0]
-        for name, count in (("in", cut - supervisor.seen[1]), ("out", read - supervisor.seen[2])):
-            supervisor.rates[name] = 0.9 * supervisor.rates.get(name, count / seconds) + 0.1 * count / seconds
-    supervisor.seen = (now, cut, read)
+def end(supervisor: Supervisor, reason: str) -> None:
+    """Ask every child to leave, wait, then make it leave; interrupted, at once. Then the user's command is told."""
+    try:
+        end_children([*supervisor.workers, *([supervisor.trainer] if supervisor.trainer else [])], END_S)
+    finally:
+        supervisor.hook.send("stop", reason)
+        supervisor.hook.close(HOOK_END_S)
+    try:
+        supervisor.lake.sweep()
+    except sqlite3.OperationalError as e:
+        if not is_disk_full(e):
+            raise
+        say("the disk is full; what the streamers left is swept when the lake is run again")
 
 
-def status_of(supervisor: Supervisor) -> dict[str, Any]:
-    """What status.json holds."""
-    lake, totals = supervisor.lake, supervisor.lake.totals()
-    return {
-        "time": time.time(),
-        "pid": os.getpid(),
-        "is_filling": supervisor.is_filling,
-        "has_disk": has_disk(supervisor.config),
-        "times_full": supervisor.times_full,
-        "times_restarted": supervisor.times_restarted,
-        "workers": len(supervisor.workers),
-        "used_bytes": lake.used_bytes(),
-        "cap_bytes": lake.cap_bytes(),
-        "unread_clips": lake.unread_clips(),
-        "clips_per_s": supervisor.rates,
-        "tars": lake.tar_states(),
-        "books": asdict(lake.books()),
-        "recordings": totals["recordings"],
-        "skipped": {k.removeprefix("skipped: "): v for k, v in totals.items() if k.startswith("skipped: ")},
-        "trainer": read_heartbeat(supervisor.config.out / "progress.json"),
-    }
-
-
-def line_of(status: dict[str, Any]) -> str:
-    """One line for people."""
-    fullness = status["used_bytes"] / status["cap_bytes"]
-    trainer, rates = status["trainer"], status["clips_per_s"]
-    loss = f", loss {trainer['loss']:.4g}" if trainer.get("loss") is not None else ""
-    state = "filling" if status["is_filling"] else "draining"
-    if not status["has_disk"]:
-        state = "stopped: the disk is below its floor"
-    waiting = ", waiting for data" if trainer.get("is_waiting") else ""
-    return (
-        f"lake [{'#' * round(20 * fullness):<20}] {status['unread_clips']} unread clips, "
-        f"{state}, {status['workers']} streamers, "
-        f"in {rates.get('in', 0):.0f}/s, out {rates.get('out', 0):.0f}/s; "
-        f"step {trainer.get('step', 0)} of {trainer.get('steps', '?')}{loss}{waiting}"
+def control_of(supervisor: Supervisor) -> status.Control:
+    """What only this process knows, for those who look."""
+    return status.Control(
+        is_filling=supervisor.law.is_filling,
+        has_disk=has_disk(supervisor.config),
+        times_full=supervisor.law.times_full,
+        times_restarted=supervisor.law.times_restarted,
+        workers=len(supervisor.workers),
     )
 
 
-class Display:
-    """Writes status.json, and one line that stays in place on a terminal or comes every ten seconds elsewhere."""
-
-    def __init__(self) -> None:
-        self.next_status = self.next_line = 0.0
-
-    def show(self, supervisor: Supervisor) -> None:
-        """Called every turn; does something every two seconds."""
-        now = time.monotonic()
-        if now < self.next_status:
-            return
-        self.next_status = now + STATUS_S
-        update_rates(supervisor)
-        status = status_of(supervisor)
-        write_json(supervisor.config.lake / "status.json", status)
-        if sys.stdout.isatty():
-            print(f"\r\x1b[K{line_of(status)}", end="", flush=True)
-        elif now >= self.next_line:
-            self.next_line = now + SAY_S
-            print(line_of(status))
-
-
-def worker_lines(lake: Path) -> list[str]:
-    """What each living streamer says of its last shard."""
-    lines = []
-    for path in sorted((lake / "heartbeats").glob("stream-*.json")):
-        beat = read_heartbeat(path)
-        if "clips_per_s" in beat and psutil.pid_exists(beat["pid"]):
-            shares = ", ".join(f"{beat[name]:.0%} {name}" for name in ACTIVITIES if name in beat)
-            lines.append(f"streamer    {beat['pid']}: {beat['clips']} clips, {beat['clips_per_s']:.0f}/s; {shares}")
-    return lines
-
-
 def show_status(config: Config) -> int:
-    """`status`: the table of a lake, whether or not it is running. Exit code 1 if no supervisor runs it."""
-    lake = Lake.open(config.lake)
-    path = config.lake / "status.json"
-    status = json.loads(path.read_text()) if path.exists() else {}
-    is_running = is_locked(config.lake / LOCK)
-    print(f"lake        {config.lake}: {'running' if is_running else 'not running'}")
-    print(f"reservoir   {lake.unread_clips()} unread clips, {gib(lake.used_bytes())} of {gib(lake.cap_bytes())}")
-    print("tars        " + ", ".join(f"{count} {state}" for state, count in lake.tar_states().items()))
-    print(f"books       {lake.books()}")
-    totals = lake.totals()
-    skips = [f"{n} {k.removeprefix('skipped: ')}" for k, n in totals.items() if k.startswith("skipped: ")]
-    print(f"recordings  {totals['recordings']} read; skipped: {', '.join(skips) or 'none'}")
-    for line in worker_lines(config.lake):
-        print(line)
-    if is_running and status:
-        print(f"now         {line_of(status)}")
-        print(f"history     full {status['times_full']} times, started again {status['times_restarted']} times")
-    return 0 if is_running else 1
+    """`status`."""
+    return status.show_status(config.lake)
 
 
 def check_lake(config: Config) -> int:
-    """`fsck`: what ledger and folders say differently; exit code 1 if they do."""
-    lake = Lake.open(config.lake)
-    found = lake.disagreements()
-    print("\n".join(found) if found else f"{config.lake}: ledger and folders agree; {lake.books()}")
-    return 1 if found else 0
+    """`fsck`."""
+    return status.check_lake(config.lake)
 
 
 def alone_on(lake: Path) -> AbstractContextManager[None]:
     """Hold the lake for this supervisor. Raises UserError if another has it."""
     refusal = f"another supervisor runs {lake}; look at it with: python datalake/run_lake.py status --lake {lake}"
-    return alone(lake / LOCK, refusal)
+    return alone(lake / status.LOCK, refusal)
 
 
 def check(config: Config) -> None:
@@ -450,20 +356,21 @@ def main(config: Config) -> None:
     with alone_on(config.lake):
         check_children(config)
         reader, writer = os.pipe()  # `writer` closes with this process, however it ends
-        supervisor = Supervisor(config, Lake.open(config.lake), reader)
-        supervisor.lake.sweep()
+        supervisor, reason = supervisor_of(config, reader), "failed"
         for script in (STREAMER, TRAINER):
             print("$ " + shlex.join(["python", *command_of(script, config)[1:]]))
-        display = Display()
+        display = status.Display(supervisor.lake, config.out)
         try:
-            while not stop and control(supervisor):
-                display.show(supervisor)
+            while not stop and turn(supervisor, display):
                 stop.wait(POLL_S)
+            reason = "stopped" if stop else "finished"
+        except UserError as e:
+            reason = str(e)
+            raise
         finally:
-            end(supervisor)
+            end(supervisor, reason)
             os.close(writer)
-    books = supervisor.lake.books()
-    say(f"{'stopped' if stop else 'finished'}: the lake was full {supervisor.times_full} times; {books}")
+    say(f"{reason}: the lake was full {supervisor.law.times_full} times; {supervisor.lake.books()}")
 
 
 if __name__ == "__main__":

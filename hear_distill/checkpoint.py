@@ -9,6 +9,7 @@ Entry "sha256" of the saved dict is the digest of all its other entries: it prov
 import hashlib
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hear_distill.files import UserError, crash_point, fsync_folder, make_folder
+from hear_distill.files import DiskFull, UserError, crash_point, fsync_folder, is_disk_full, make_folder
 
 LATEST = "latest.pt"
 PREVIOUS = "previous.pt"
 BEST = "best.pt"
+ROOM_WAIT_S = 300.0  # on a full disk; a supervisor takes no progress for ten minutes for a hang
+ROOM_RETRY_S = 2.0
 SCALARS = (bool, int, float, str, type(None))
 
 
@@ -36,15 +39,13 @@ def save(folder: Path, state: dict[str, Any]) -> Path:
 
     Raises:
         CheckpointError: what was read back is not what was written; the names still stand for the old files.
+        DiskFull: there was no room for ROOM_WAIT_S; the same holds.
         TypeError: a value that cannot be read back without running code; the text says where in `state` it is.
     """
     make_folder(folder)
     latest, new = folder / LATEST, folder / (LATEST + ".tmp")
     plain = {name: _plain(value, name) for name, value in state.items() if name != "sha256"}
-    with new.open("wb") as f:
-        torch.save({**plain, "sha256": digest(plain)}, f)
-        f.flush()
-        os.fsync(f.fileno())
+    _write_when_there_is_room(new, {**plain, "sha256": digest(plain)})
     load(new)
     crash_point("checkpoint-written")
 
@@ -56,6 +57,33 @@ def save(folder: Path, state: dict[str, Any]) -> Path:
     fsync_folder(folder)
     crash_point("checkpoint-renamed")
     return latest
+
+
+def _write_when_there_is_room(path: Path, state: dict[str, Any]) -> None:
+    """Write and fsync. On a full disk, say so once, leave nothing there, and try again for ROOM_WAIT_S."""
+    give_up_at = None
+    while True:
+        try:
+            with path.open("wb") as f:
+                torch.save(state, f)
+                f.flush()
+                os.fsync(f.fileno())
+            break
+        except (OSError, RuntimeError) as e:
+            if not is_disk_full(e):
+                raise
+            path.unlink(missing_ok=True)
+            if give_up_at is None:
+                give_up_at = time.monotonic() + ROOM_WAIT_S
+                print(f"WARNING: no room for a checkpoint: the disk of {path.parent} is full", file=sys.stderr)
+            if time.monotonic() >= give_up_at:
+                raise DiskFull(
+                    f"no room for a checkpoint in {path.parent} for {ROOM_WAIT_S:.0f} s; the last good one stands: "
+                    f"delete something on that disk, then run the same command again"
+                ) from e
+        time.sleep(ROOM_RETRY_S)
+    if give_up_at is not None:
+        print("there is room again: the checkpoint is written", file=sys.stderr)
 
 
 def keep_as_best(folder: Path) -> Path:

@@ -15,7 +15,7 @@ from typing import NoReturn, TypeVar
 import tyro
 from dotenv import load_dotenv
 
-from hear_distill.files import UserError
+from hear_distill.files import UserError, naming_full_disk
 
 C = TypeVar("C")
 Action = Callable[[C], int | None]  # a stage's main: takes its Config, returns an exit code or None for 0
@@ -28,7 +28,8 @@ def run(
     actions: Mapping[str, Action[C]] | None = None,
     check: Action[C] | None = None,
 ) -> NoReturn:
-    """Parse `sys.argv`, run the stage, exit: 0 done, 1 failed, 2 the user can put it right, 75 try again later.
+    """Parse `sys.argv`, run the stage, exit: 0 done, 1 failed, 2 the user can put it right, 73 the disk is full,
+    75 try again later.
 
     Args:
         presets: configurations by first word; the first of them is the bare command's.
@@ -44,7 +45,8 @@ def run(
         action, config = parse(main, presets, argv, description, actions or {})
         if is_check:
             action = check if check and action is main else lambda _: None
-        sys.exit(action(config))
+        with naming_full_disk():
+            sys.exit(action(config))
     except UserError as e:
         lines = (" ".join(line.split()) for line in str(e).splitlines())
         print("error: " + "; ".join(filter(None, lines)), file=sys.stderr)

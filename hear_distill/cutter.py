@@ -12,9 +12,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from typing import Protocol
 
 import numpy as np
 
@@ -168,11 +169,29 @@ class _Watched:
         return self.stream.read(size)
 
 
+class Guard(Protocol):
+    """What remembers a recording that kills its decoder: hear_distill/guard.py."""
+
+    def open_tar(self, tar: str) -> None:
+        """This tar is about to be read."""
+
+    def is_poison(self, tar: str, recording: Recording) -> bool:
+        """Whether this recording must not be decoded again."""
+
+    def decoding(self, tar: str, recording: Recording) -> AbstractContextManager[None]:
+        """The block decodes this recording."""
+
+
 class Reader:
     """One open tar: its cursor, and the recording that a draw may have cut in two."""
 
-    def __init__(self, source: Source, cursor: Cursor, keep: Keep, look: Callable[[], None]) -> None:
+    def __init__(
+        self, source: Source, cursor: Cursor, keep: Keep, look: Callable[[], None], guard: Guard | None = None
+    ) -> None:
         """`look` is called every so often while something takes long; what it raises ends that."""
+        self.guard = guard
+        if guard:
+            guard.open_tar(cursor.name)
         self.cursor, self.keep, self.look = cursor, keep, look
         self.keys = {cursor.keys[i : i + KEY_BYTES] for i in range(0, len(cursor.keys), KEY_BYTES)}
         self.recordings = self._read(source)
@@ -222,7 +241,8 @@ class Reader:
         problem = self._problem_with(recording)
         if problem is None:
             try:
-                with draft.timed("decoding"):
+                noted = self.guard.decoding(self.cursor.name, recording) if self.guard else nullcontext()
+                with draft.timed("decoding"), noted:
                     self._begin(recording)
             except DecodeError as e:
                 problem = e.reason
@@ -238,6 +258,8 @@ class Reader:
             return "duplicate key"
         if recording.problem is None and self.keep.is_thinned(self.cursor.name, recording):
             return "thinned"
+        if self.guard and self.guard.is_poison(self.cursor.name, recording):
+            return "poison"
         return recording.problem
 
     def _begin(self, recording: Recording) -> None:

@@ -4,9 +4,12 @@ in:   a path and a body that writes to it
 out:  the old file or the whole new one, never a part; durable once the call returned
 """
 
+import errno
 import json
 import os
+import shutil
 import signal
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +26,45 @@ class UserError(Exception):
     """
 
     exit_code = 2
+
+
+class DiskFull(UserError):
+    """There is no room left on a disk. Whoever deletes something need not run the command again: a supervisor does."""
+
+    exit_code = os.EX_CANTCREAT  # 73
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or what led to it, says that a disk is full; torch and SQLite do so in words of their own."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if isinstance(error, sqlite3.OperationalError) and getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def naming_full_disk() -> Iterator[None]:
+    """Raise DiskFull in place of whatever a body raises because a disk is full."""
+    try:
+        yield
+    except (OSError, RuntimeError, sqlite3.Error) as e:
+        if not is_disk_full(e):
+            raise
+        where = f" ({e.filename})" if isinstance(e, OSError) and e.filename else ""
+        raise DiskFull(
+            f"the disk is full{where}: {e}; delete something, then run the same command again, which goes on where it "
+            f"stopped; datalake/run_lake.py does so by itself"
+        ) from e
+
+
+def free_bytes(folder: Path) -> int:
+    """Of the disk that holds `folder`, or will once it is made."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 # Each name stands between two durable operations. `HEAR_CRASH_AT=<name>` kills the process there, as a power cut would

@@ -115,8 +115,31 @@ class Lake(Ledger):
                 # Under its own lock, so nobody alive can hold it; in the transaction, so nobody else looks meanwhile.
                 with suppress(BlockingIOError, FileNotFoundError), lock.open() as f:
                     fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self._suspect(f.readline())
                     lock.unlink()
         self._move_quarantined()
+
+    def _suspect(self, note: str) -> None:
+        """Count a death against the recording that a dead worker's note names, if it was decoding one."""
+        try:
+            tar, offset, key = json.loads(note)
+            tar, offset = str(tar), int(offset)
+        except (ValueError, TypeError):  # no note, or one from before a power cut
+            return
+        self.db.execute(
+            "INSERT INTO suspects VALUES (?, ?, ?, 1)"
+            " ON CONFLICT (tar, offset) DO UPDATE SET num_deaths = num_deaths + 1",
+            (tar, offset, json.dumps(key)),
+        )
+        self._add("decoder deaths", 1)
+
+    def suspects(self, tar: str) -> dict[int, int]:
+        """Recordings of this tar, by offset, at whose decoding workers died; how many in a row."""
+        return dict(self.db.execute("SELECT offset, num_deaths FROM suspects WHERE tar = ?", (tar,)).fetchall())
+
+    def acquit(self, tar: str, offset: int) -> None:
+        """This recording was decoded, or refused, and its worker lives."""
+        self.db.execute("DELETE FROM suspects WHERE tar = ? AND offset = ?", (tar, offset))
 
     def _forget_unfinished(self, shard_id: int) -> None:
         """Delete a shard under either name, then its reservation. The cursors never moved, so it will be cut again."""
@@ -255,7 +278,8 @@ class Lake(Ledger):
     def abandon(self, shard_id: int) -> None:
         """Give a reservation back before anything was published from it."""
         with self.transaction():
-            self._forget_unfinished(shard_id)
+            if self.db.execute("SELECT 1 FROM shards WHERE id = ? AND state = 'writing'", (shard_id,)).fetchone():
+                self._forget_unfinished(shard_id)
 
     # ---- training ----
 

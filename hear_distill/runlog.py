@@ -22,7 +22,7 @@ from hear_distill.files import atomic_write, write_json
 HEARTBEAT_S = 2.0
 SUPERVISOR_FD = "HEAR_SUPERVISOR_FD"  # read end of a pipe that the supervisor holds open while it lives
 LOOK_UP_S = 0.05  # how late a sleeping process notices that it should stop
-SECONDS_TO_END = 20.0  # from the closed pipe to the hard end; a checkpoint on a slow disk fits
+SECONDS_TO_END = 8.0  # from the closed pipe to the hard end; a checkpoint fits
 
 
 def git_revision() -> str:

@@ -48,6 +48,13 @@ CREATE TABLE IF NOT EXISTS statistics (
     time REAL NOT NULL,                          -- unix seconds of its publication
     content TEXT NOT NULL                        -- JSON, see the streamer
 ) STRICT;
+CREATE TABLE IF NOT EXISTS suspects (
+    tar TEXT NOT NULL,
+    offset INTEGER NOT NULL,                     -- of a recording that was being decoded when its worker died
+    key TEXT NOT NULL,                           -- of the recording, as JSON: keys may be no valid text
+    num_deaths INTEGER NOT NULL,                 -- in a row; a decoding that ends takes the row away
+    PRIMARY KEY (tar, offset)
+) STRICT;
 CREATE TABLE IF NOT EXISTS totals (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS sums (                -- over the rows of shards, see SUMS
     split TEXT NOT NULL,

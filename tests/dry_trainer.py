@@ -5,6 +5,7 @@ out:  <out>/state.json (its checkpoint), <out>/progress.json
 """
 
 import json
+import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ class Config:
     """steps between checkpoints"""
     pause_s: float = 0.05
     """seconds that a step takes"""
+    stubborn: bool = False
+    """go on when asked to leave"""
 
 
 def save(config: Config, reader: LakeReader, run: str, step: int) -> None:
@@ -58,7 +61,7 @@ def main(config: Config) -> None:
         drawing = Drawing(run=run, seed=0, num_open=2, batch_size=config.batch_size)
         reader = LakeReader(lake, owner, drawing, state)
         heartbeat, turns, num_saves = Heartbeat(config.out / "progress.json", "train"), 0, 0
-        while not stop:
+        while not stop or config.stubborn:
             turns += 1
             batch = reader.next_batch()
             heartbeat.beat(turns, step=step, steps=0, is_waiting=batch is None)
@@ -73,7 +76,7 @@ def main(config: Config) -> None:
                 save(config, reader, run, step)
                 num_saves += 1
             reader.report()
-            stop.wait(config.pause_s)
+            time.sleep(config.pause_s) if config.stubborn else stop.wait(config.pause_s)
         save(config, reader, run, step)
         reader.close()
         owner.release()

@@ -29,8 +29,8 @@ FLAGS = {
         *("min-rms-db", "keep-short", "caption-weight", "num-nodes", "node-rank"),
     },
     SUPERVISOR: {
-        *("lake", "source", "out", "cap-gb", "disk-floor-gb"),
-        *("max-workers", "recipe", "stream-args", "train-args"),
+        *("lake", "source", "out", "cap-gb", "disk-floor-gb", "on-event"),
+        *("min-workers", "max-workers", "recipe", "stream-args", "train-args"),
     },
     TRAINER: {
         *(
@@ -287,6 +287,7 @@ STAGE_MISTAKES = {
     "supervisor, flag": (SUPERVISOR, ["--cap", "4"], "--cap-gb"),
     "supervisor, type": (SUPERVISOR, ["--max-workers", "2.5"], "--max-workers"),
     "supervisor, impossible": (SUPERVISOR, ["--max-workers", "0"], "--max-workers must be at least 1, got 0"),
+    "supervisor, too many at least": (SUPERVISOR, ["--min-workers", "5"], "--min-workers must be 1 to --max-workers 4"),
     "status, no lake": (SUPERVISOR, ["status"], "no lake at lake"),
     "fsck, no lake": (SUPERVISOR, ["fsck", "--lake", "nowhere"], "no lake at nowhere"),
     "trainer, word": (TRAINER, ["papr"], "best, paper, demo"),

@@ -18,9 +18,17 @@ from pathlib import Path
 
 import psutil
 import pytest
-from lake_tools import ROOT, add_shard, environment, make_lake, write_source
+from lake_tools import (
+    ROOT,
+    STREAMER,
+    add_shard,
+    environment,
+    make_lake,
+    write_source,
+)
+from poisoned_streamer import POISONED_STREAMER, write_poisoned_source
 
-from hear_distill.files import GIB, UserError
+from hear_distill.files import GIB, MIB, UserError
 from hear_distill.lake import Lake
 from hear_distill.teacher import save_stand_in
 
@@ -33,11 +41,12 @@ DRY = """
 import sys
 from pathlib import Path
 from train_tools import load_stage
-from hear_distill import cli
+from hear_distill import children, cli
 
 stage = load_stage(Path(sys.argv.pop(1)))
-stage.TRAINER = Path(sys.argv.pop(1))
-stage.BACKOFF_S = 0.1
+stage.TRAINER, stage.STREAMER = Path(sys.argv.pop(1)), Path(sys.argv.pop(1))
+children.BACKOFF_S = 0.1
+children.TROUBLES = {code: (trouble, 0.5) for code, (trouble, _) in children.TROUBLES.items()}
 cli.run(stage.main, stage.PRESETS, stage.__doc__, check=stage.check)
 """
 
@@ -56,6 +65,7 @@ class House:
     cap_bytes: int = cap_for(80)
     stream_args: str = f"--shard-clips {SHARD_CLIPS} --open-tars 2 --val-clips {VAL_CLIPS} --val-fraction 0.05"
     train_args: str = "--pause-s 0.05"
+    streamer: Path = STREAMER
     processes: list[subprocess.Popen[str]] = field(default_factory=list)
 
     @property
@@ -64,7 +74,7 @@ class House:
 
     def start(self, *more: str, dry: bool = True, crash_at: str | None = None) -> "subprocess.Popen[str]":
         """Start a supervisor, in a session of its own as a terminal would."""
-        script = ["-c", DRY, str(SUPERVISOR), str(DRY_TRAINER)] if dry else [str(SUPERVISOR)]
+        script = ["-c", DRY, str(SUPERVISOR), str(DRY_TRAINER), str(self.streamer)] if dry else [str(SUPERVISOR)]
         flags = {"--lake": self.lake, "--source": self.source, "--out": self.root / "run", "--disk-floor-gb": 0}
         flags |= {"--cap-gb": self.cap_bytes / GIB, "--max-workers": 2}
         flags |= {"--stream-args": self.stream_args, "--train-args": self.train_args}
@@ -202,12 +212,23 @@ def test_a_lake_fills_and_drains_and_fills_again_within_its_cap_until_the_source
     watch.is_done = True
     watch.join()
     assert (code, err) == (0, ""), out
-    # How often depends on who is faster, streamers or trainer; once was seen, and is enough here.
+    # How often depends on who is faster, streamers or trainer; once is enough here.
     assert "the lake is full" in out and "the streamers start again" in out
     assert 0.8 * house.cap_bytes < watch.highest <= house.cap_bytes and watch.looks > 100
     assert_finished(house)
     status = json.loads((house.lake / "status.json").read_text())
-    assert status["cap_bytes"] == house.cap_bytes and status["times_full"] >= 2 and status["trainer"]["step"] > 20
+    assert status["cap_bytes"] == house.cap_bytes and status["times_full"] >= 1 and status["trainer"]["step"] > 20
+
+
+def test_the_cap_holds_at_every_moment_under_load(house):
+    house.train_args = "--pause-s 0 --batch-size 8 --save-every 2"
+    watch = DiskWatch(house.lake)
+    watch.start()
+    code, out, err = end_of(house.start("--max-workers", "3", "--min-workers", "3"))
+    watch.is_done = True
+    watch.join()
+    assert (code, err) == (0, ""), out
+    assert 0.5 * house.cap_bytes < watch.highest <= house.cap_bytes and watch.looks > 100
 
 
 # ---- ends ----
@@ -275,13 +296,91 @@ def test_a_killed_child_is_started_again_and_the_run_completes(house, script):
     assert_finished(house)
 
 
+def test_a_supervisor_that_is_interrupted_twice_leaves_at_once_and_leaves_nobody_behind(house):
+    house.train_args = "--stubborn"
+    process = running(house)
+    children = family(process)
+    os.killpg(process.pid, signal.SIGINT)
+    wait_for(lambda: not children_of(process, "stream_laion_audio_clips.py"))
+    time.sleep(0.5)
+    assert process.poll() is None and len(children_of(process, "dry_trainer.py")) == 1
+    os.killpg(process.pid, signal.SIGINT)
+    code, _, err = end_of(process, SECONDS_TO_LEAVE)
+    assert code == 1 and "interrupted twice" in err and "Traceback" not in err
+    assert not any(child.is_running() for child in children)
+    assert house.status("fsck").returncode == 0
+
+
+@pytest.mark.slow  # ten seconds of waiting
+def test_a_child_of_a_killed_supervisor_that_does_not_listen_ends_all_the_same(house):
+    house.train_args = "--stubborn"
+    process = running(house)
+    children = family(process)
+    process.kill()
+    _, left = psutil.wait_procs(children, timeout=SECONDS_TO_LEAVE)
+    assert [process for process in left if process.status() != psutil.STATUS_ZOMBIE] == []  # init may take its time
+
+
+@pytest.mark.slow  # starts a streamer twelve times; tests/test_guard.py does without a supervisor
+def test_a_recording_that_kills_its_decoder_is_passed_over_and_the_run_completes(tmp_path, house):
+    house.source = write_poisoned_source(tmp_path / "source", {0: (2,), 1: (0, 5)})
+    house.streamer = POISONED_STREAMER
+    house.stream_args = "--shard-clips 6 --open-tars 2 --val-clips 0 --val-fraction 0"
+    house.train_args = "--batch-size 1"
+    code, out, err = end_of(house.start())
+    assert (code, err) == (0, ""), out
+    assert out.count("ended with code -11 while it decoded") == 9
+    totals, books = house.ledger(lambda lake: (lake.totals(), lake.books()))
+    assert totals["skipped: poison"] == 3 and books.trained == books.cut == (18 - 3) * 3
+    assert "3 poison" in house.status().stdout
+
+
+def test_on_a_full_disk_the_supervisor_says_so_once_and_goes_on_when_there_is_room(house, small_disk):
+    disk, resize = small_disk
+    house.root, events = disk, disk.parent / "events"
+    house.train_args = "--pause-s 0.5"
+    process = house.start("--on-event", f'echo "$HEAR_EVENT: $HEAR_MESSAGE" >> {events}')
+    wait_for(lambda: events.exists() and "disk-full" in events.read_text())
+    time.sleep(2.0)
+    assert process.poll() is None
+    resize(64 * MIB)
+    process.terminate()
+    code, out, err = end_of(process)
+    assert (code, err) == (0, ""), out
+    house.train_args = "--pause-s 0"
+    assert end_of(house.start())[0] == 0
+    assert_finished(house)
+    told = events.read_text().splitlines()
+    assert [line.split(":")[0] for line in told] == ["disk-full", "stop"]
+
+
 def test_a_child_that_crashes_again_and_again_is_given_up_with_one_line(house):
-    process = house.start(crash_at="shard-reserved")
+    events = house.root / "events"
+    process = house.start("--on-event", f'echo "$HEAR_EVENT: $HEAR_MESSAGE" >> {events}', crash_at="shard-reserved")
     code, _, err = end_of(process)
     assert code == 2
+    told = sorted(events.read_text().splitlines())
+    assert [line.split(":")[0] for line in told] == ["crash-loop", "stop"] and "4 crashes" in told[1]
     assert re.fullmatch(r"error: 4 crashes within an hour, 3 are allowed[^\n]*stream-\d\.log[^\n]*\n", err)
     assert psutil.pid_exists(process.pid) is False
     assert house.status("fsck").returncode == 0
+
+
+@pytest.mark.slow  # loads torch three times
+def test_a_trainer_whose_newest_checkpoint_is_damaged_goes_back_to_the_one_before_and_the_supervisor_says_so(house):
+    use_the_real_trainer(house)
+    process = running(house, dry=False)
+    wait_for((house.root / "run" / "previous.pt").exists)
+    process.terminate()
+    assert end_of(process)[0] == 0
+    latest = house.root / "run" / "latest.pt"
+    damaged = bytearray(latest.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    latest.write_bytes(damaged)
+    code, out, err = end_of(house.start(dry=False), seconds=180)
+    assert (code, err) == (0, "")
+    assert re.search(r"train: WARNING: [^\n]*latest\.pt", out) and "going back to the checkpoint before it" in out
+    assert_finished(house)
 
 
 # ---- refusals ----
