@@ -1,13 +1,15 @@
 """Keep a lake filled and a student learning from it: start, watch and end the streamers and the trainer.
 
 in:   a source of tars, a disk budget
-out:  <lake>/status.json (replaced every two seconds), <lake>/logs/, and what the children write
+out:  <lake>/{status.json, history.jsonl, ledger.backup.sqlite}, <lake>/logs/, and what the children write
 cost: one connection to the ledger and two looks a second; not measured
 
     python datalake/run_lake.py --source DIR --lake lake    # Ctrl-C ends it in good order; run it again to go on
     python datalake/run_lake.py demo                        # two cores, minutes, no network
     python datalake/run_lake.py status --lake lake          # from another terminal
-    python datalake/run_lake.py fsck --lake lake            # do ledger and folders agree?
+    python datalake/run_lake.py stop --lake lake            # in good order, from there; run it again to go on
+    python datalake/run_lake.py plot --lake lake            # the last hours or days, in lake/history.png
+    python datalake/run_lake.py fsck --lake lake            # do ledger and folders agree? --deep, --repair
 
 Streamers run until the lake is full and then leave; they are started again when half of it is read. A child that
 crashes is started again, a few times an hour. The children end when this process does, however it ends.
@@ -28,7 +30,7 @@ from typing import Literal
 
 import psutil
 
-from hear_distill import cli, demo, status
+from hear_distill import backup, cli, demo, history, repair, status, stop
 from hear_distill.files import GIB, UserError, gib
 from hear_distill.lake import Lake
 from hear_distill.locks import alone
@@ -57,6 +59,12 @@ class Config:
     """more for each streamer, in quotes: --stream-args "--shard-clips 2000" """
     train_args: str = ""
     """more for the trainer, in quotes: --train-args "--steps 1000 --seed 1" """
+    json: bool = False
+    """of `status`: one JSON object on one line instead of the table"""
+    deep: bool = False
+    """of `fsck`: compute the hash of every shard as well"""
+    repair: bool = False
+    """of `fsck`: put right what disagrees, and make a ledger that is lost or damaged again"""
 
     def __post_init__(self) -> None:
         if self.max_workers < 1:
@@ -318,17 +326,9 @@ def control_of(supervisor: Supervisor) -> status.Control:
         times_full=supervisor.times_full,
         times_restarted=supervisor.times_restarted,
         workers=len(supervisor.workers),
+        crashes=sum(time.monotonic() - crash < 3600 for crash in supervisor.crashes),
+        paused_s=max(0.0, supervisor.start_after - time.monotonic()),
     )
-
-
-def show_status(config: Config) -> int:
-    """`status`."""
-    return status.show_status(config.lake)
-
-
-def check_lake(config: Config) -> int:
-    """`fsck`."""
-    return status.check_lake(config.lake)
 
 
 def alone_on(lake: Path) -> AbstractContextManager[None]:
@@ -344,7 +344,7 @@ def check(config: Config) -> None:
 
 
 def main(config: Config) -> None:
-    stop = StopRequest()
+    stop_request = StopRequest()
     with alone_on(config.lake):
         check_children(config)
         reader, writer = os.pipe()  # `writer` closes with this process, however it ends
@@ -352,17 +352,35 @@ def main(config: Config) -> None:
         supervisor.lake.sweep()
         for script in (STREAMER, TRAINER):
             print("$ " + shlex.join(["python", *command_of(script, config)[1:]]))
-        display = status.Display(supervisor.lake, config.out)
+        display, backups = status.Display(supervisor.lake, config.out), backup.Backups(config.lake)
         try:
-            while not stop and control(supervisor):
+            while not stop_request and control(supervisor):
                 display.show(control_of(supervisor))
-                stop.wait(POLL_S)
+                backups.look()
+                stop_request.wait(POLL_S)
         finally:
             end(supervisor)
             os.close(writer)
     books = supervisor.lake.books()
-    say(f"{'stopped' if stop else 'finished'}: the lake was full {supervisor.times_full} times; {books}")
+    say(f"{'stopped' if stop_request else 'finished'}: the lake was full {supervisor.times_full} times; {books}")
 
+
+def fsck(config: Config) -> int:
+    """`fsck`; a repair needs the lake for itself."""
+    if not config.repair:
+        return repair.check(config.lake, config.deep)
+    repair.require(config.lake)
+    with alone_on(config.lake):
+        return repair.repair(config.lake, config.deep)
+
+
+ACTIONS = {
+    "status": lambda config: status.show(config.lake, config.json),
+    "stop": lambda config: stop.stop(config.lake),
+    "plot": lambda config: print(history.draw(config.lake)),
+    "fsck": fsck,
+}
+FLAGS_OF = {"json": "status", "deep": "fsck", "repair": "fsck"}
 
 if __name__ == "__main__":
-    cli.run(main, PRESETS, __doc__, actions={"status": show_status, "fsck": check_lake}, check=check)
+    cli.run(main, PRESETS, __doc__, ACTIONS, check, FLAGS_OF)

@@ -10,6 +10,7 @@ import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
+from types import MappingProxyType
 from typing import NoReturn, TypeVar
 
 import tyro
@@ -18,6 +19,7 @@ from dotenv import load_dotenv
 from hear_distill.files import UserError
 
 C = TypeVar("C")
+NO_FLAGS: Mapping[str, str] = MappingProxyType({})
 Action = Callable[[C], int | None]  # a stage's main: takes its Config, returns an exit code or None for 0
 
 
@@ -27,6 +29,7 @@ def run(
     description: str,
     actions: Mapping[str, Action[C]] | None = None,
     check: Action[C] | None = None,
+    flags_of: Mapping[str, str] | None = None,
 ) -> NoReturn:
     """Parse `sys.argv`, run the stage, exit: 0 done, 1 failed, 2 the user can put it right, 75 try again later.
 
@@ -34,6 +37,7 @@ def run(
         presets: configurations by first word; the first of them is the bare command's.
         actions: first words that do something other than `main` with the first preset, such as `status`.
         check: what --check does once the flags are accepted, for what only the disk can tell; raises UserError.
+        flags_of: fields that mean something to one word alone, by name; with another word they are refused.
         description: the stage's docstring, shown by --help above the list of words and flags.
     """
     load_dotenv(".env")
@@ -41,7 +45,7 @@ def run(
     try:
         is_check = "--check" in sys.argv
         argv = [argument for argument in sys.argv[1:] if argument != "--check"]
-        action, config = parse(main, presets, argv, description, actions or {})
+        action, config = parse(main, presets, argv, description, actions or {}, flags_of or {})
         if is_check:
             action = check if check and action is main else lambda _: None
         sys.exit(action(config))
@@ -57,6 +61,7 @@ def parse(
     argv: Sequence[str],
     description: str,
     actions: Mapping[str, Action[C]],
+    flags_of: Mapping[str, str] = NO_FLAGS,
 ) -> tuple[Action[C], C]:
     """What to call, and with which configuration. Raises UserError for anything wrong, SystemExit(0) after --help."""
     bare, argv = next(iter(presets)), list(argv)
@@ -67,7 +72,12 @@ def parse(
 
     if "--help" in argv or "-h" in argv:
         print(f"{description}\nfirst word: {' | '.join(words)} (none means {bare}); the defaults below are of {word}\n")
-    return actions.get(word, main), _parse_flags(presets.get(word, presets[bare]), argv)
+    default = presets.get(word, presets[bare])
+    config = _parse_flags(default, argv)
+    for name, owner in flags_of.items():
+        if word != owner and getattr(config, name) != getattr(default, name):
+            raise UserError(f"--{name.replace('_', '-')} belongs to the word {owner}: {owner} --{name} ...")
+    return actions.get(word, main), config
 
 
 def _parse_flags(default: C, argv: Sequence[str]) -> C:

@@ -17,6 +17,7 @@ from hear_distill.locks import is_locked
 from hear_distill.schema import TRAIN, Books, Shard
 
 LOCK_WAIT_S = 60.0
+REPAIR = "python datalake/run_lake.py fsck --repair --lake"
 
 
 # Of a train shard, in clips: used for the first time, and later uses.
@@ -40,15 +41,27 @@ class Ledger:
         """An existing lake. Raises UserError if there is none."""
         lake = cls.find(root)
         if lake is None:
+            cls.refuse_orphans(root)
             raise UserError(f"no lake at {root}; to make one: python datalake/run_lake.py --source DIR --lake {root}")
         return lake
 
     @classmethod
     def find(cls, root: Path) -> Self | None:
-        """The lake at `root`, or None if there is none yet."""
-        lake = cls(root) if (root / "ledger.sqlite").exists() else None
+        """The lake at `root`, or None if there is none yet. Raises UserError if the file is no ledger."""
+        try:
+            lake = cls(root) if (root / "ledger.sqlite").exists() else None
+        except sqlite3.OperationalError:  # the disk, or a lock
+            raise
+        except sqlite3.DatabaseError as e:
+            raise UserError(f"the ledger of {root} is damaged ({e}); to make it again: {REPAIR} {root}") from e
         is_made = lake and lake.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'totals'").fetchone()
         return lake if is_made else None
+
+    @staticmethod
+    def refuse_orphans(root: Path) -> None:
+        """Raise UserError if there are shards without a ledger: a new one would write over them, beyond the cap."""
+        if any((root / "shards").glob("*.tar")) or any((root / "val").glob("*.tar")):
+            raise UserError(f"{root} has shards, but its ledger is lost; to make it again: {REPAIR} {root}")
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -85,6 +98,10 @@ class Ledger:
     def setting(self, name: str) -> str:
         """A field of the lake's identity, one of its limits, or `id`, which no other lake has."""
         return self.db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()["value"]
+
+    def settings(self) -> dict[str, str]:
+        """The lake's whole identity, its limits and its `id`."""
+        return dict(self.db.execute("SELECT name, value FROM settings").fetchall())
 
     def cap_bytes(self) -> int:
         """The hard limit on `used_bytes`."""
