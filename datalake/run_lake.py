@@ -6,6 +6,7 @@ cost: one connection to the ledger and two looks a second; not measured
 
     python datalake/run_lake.py --source DIR --lake lake    # Ctrl-C ends it in good order; run it again to go on
     python datalake/run_lake.py demo                        # two cores, minutes, no network
+    python datalake/run_lake.py doctor --lake lake          # is this machine fit for it? Also: --dry-run, the plan
     python datalake/run_lake.py status --lake lake          # from another terminal
     python datalake/run_lake.py stop --lake lake            # in good order, from there; run it again to go on
     python datalake/run_lake.py plot --lake lake            # the last hours or days, in lake/history.png
@@ -15,12 +16,14 @@ Streamers run until the lake is full and then leave; they are started again when
 crashes is started again, a few times an hour. The children end when this process does, however it ends.
 """
 
+import json
 import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from contextlib import AbstractContextManager
@@ -30,7 +33,7 @@ from typing import Literal
 
 import psutil
 
-from hear_distill import backup, cli, demo, history, repair, status, stop
+from hear_distill import backup, cli, demo, doctor, history, plan, repair, status, stop
 from hear_distill.files import GIB, UserError, gib
 from hear_distill.lake import Lake
 from hear_distill.locks import alone
@@ -59,6 +62,8 @@ class Config:
     """more for each streamer, in quotes: --stream-args "--shard-clips 2000" """
     train_args: str = ""
     """more for the trainer, in quotes: --train-args "--steps 1000 --seed 1" """
+    dry_run: bool = False
+    """print the plan with its arithmetic and start nothing"""
     json: bool = False
     """of `status`: one JSON object on one line instead of the table"""
     deep: bool = False
@@ -167,11 +172,44 @@ def check_children(config: Config) -> None:
     """Let each child check its arguments, the source, the lake and the cap before anything starts. Raises UserError."""
     demo.prepare(config.source)
     for script in (STREAMER, TRAINER):
-        command = [*command_of(script, config), "--check"]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
-        if answer.returncode:
-            message = answer.stderr.strip().removeprefix("error: ") or f"exit code {answer.returncode}"
-            raise UserError(f"{script.name}: {message}")
+        ask(script, config, "--check")
+
+
+def ask(script: Path, config: Config, *more: str) -> None:
+    """Run a child that only answers. Raises UserError with what it says if it refuses."""
+    command = [*command_of(script, config), *more]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
+    if answer.returncode:
+        message = answer.stderr.strip().removeprefix("error: ") or f"exit code {answer.returncode}"
+        raise UserError(f"{script.name}: {message}")
+
+
+def run_of(config: Config) -> plan.Run:
+    """What would be started. Raises UserError if a child refuses its arguments."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = {script: Path(folder) / f"{script.stem}.json" for script in (STREAMER, TRAINER)}
+        for script, file in files.items():
+            ask(script, config, "--write-config", str(file))
+        streamer, trainer = (json.loads(file.read_text()) for file in files.values())
+    return plan.Run(
+        **{"lake": config.lake, "out": config.out, "source": config.source, "max_workers": config.max_workers},
+        **{"cap_bytes": round(config.cap_gb * GIB), "floor_bytes": round(config.disk_floor_gb * GIB)},
+        **{"streamer": streamer, "trainer": trainer},
+    )
+
+
+def show_plan(config: Config) -> None:
+    """`--dry-run`."""
+    run = run_of(config)
+    gpu_name, _ = doctor.gpu(run.trainer["device"])
+    print("\n".join(plan.lines_of(run, doctor.needed_rate(run.out, gpu_name), doctor.decode_rate())))
+    print_commands(config)
+
+
+def print_commands(config: Config) -> None:
+    """What is started, for people to repeat."""
+    for script in (STREAMER, TRAINER):
+        print("$ " + shlex.join(["python", *command_of(script, config)[1:]]))
 
 
 def start(supervisor: Supervisor, script: Path, name: str) -> Child:
@@ -344,14 +382,15 @@ def check(config: Config) -> None:
 
 
 def main(config: Config) -> None:
+    if config.dry_run:
+        return show_plan(config)
     stop_request = StopRequest()
     with alone_on(config.lake):
         check_children(config)
         reader, writer = os.pipe()  # `writer` closes with this process, however it ends
         supervisor = Supervisor(config, Lake.open(config.lake), reader)
         supervisor.lake.sweep()
-        for script in (STREAMER, TRAINER):
-            print("$ " + shlex.join(["python", *command_of(script, config)[1:]]))
+        print_commands(config)
         display, backups = status.Display(supervisor.lake, config.out), backup.Backups(config.lake)
         try:
             while not stop_request and control(supervisor):
@@ -375,12 +414,13 @@ def fsck(config: Config) -> int:
 
 
 ACTIONS = {
+    "doctor": lambda config: doctor.examine(run_of(config)),
     "status": lambda config: status.show(config.lake, config.json),
     "stop": lambda config: stop.stop(config.lake),
     "plot": lambda config: print(history.draw(config.lake)),
     "fsck": fsck,
 }
-FLAGS_OF = {"json": "status", "deep": "fsck", "repair": "fsck"}
+FLAGS_OF = {"dry_run": tuple(PRESETS), "json": ("status",), "deep": ("fsck",), "repair": ("fsck",)}
 
 if __name__ == "__main__":
     cli.run(main, PRESETS, __doc__, ACTIONS, check, FLAGS_OF)

@@ -110,12 +110,12 @@ def cut_unfinished_line(fd: int) -> None:
 
 
 def read(root: Path) -> list[dict[str, Any]]:
-    """All whole lines, oldest first. Raises UserError if there is none."""
+    """All whole lines, oldest first. Raises UserError if there are not two."""
     path = root / FILE
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    if not lines:
+    if len(lines) < 2:
         raise UserError(
-            f"{path} holds nothing to draw; a supervisor writes a line into it every {EVERY_S:.0f} s: "
+            f"{path} holds nothing to draw yet; a supervisor writes a line into it every {EVERY_S:.0f} s: "
             f"python datalake/run_lake.py --lake {root}"
         )
     return [json.loads(line) for line in lines]
@@ -130,18 +130,25 @@ def curve(lines: Sequence[dict[str, Any]], name: str) -> tuple[np.ndarray, np.nd
 
 
 def thinned(times: np.ndarray, values: np.ndarray, most: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most `most` means over equal spans of time, and a NaN in each gap: a curve must not bridge what nobody saw."""
+    """[n], [n] -> times [m], and mean, lowest and highest [3, m] of at most `most` equal spans of time, gaps besides.
+
+    Where nobody looked, a NaN stands in between: a curve must not bridge that.
+    """
     known = ~np.isnan(values)
     times, values = times[known], values[known]
+    rows = np.stack([values] * 3)  # [3, n]
     if len(times) > most:
         spans = np.minimum(((times - times[0]) / (times[-1] - times[0]) * most).astype(int), most - 1)
-        count = np.bincount(spans, minlength=most)
-        times, values = (np.bincount(spans, x, most)[count > 0] / count[count > 0] for x in (times, values))
+        starts = np.flatnonzero(np.diff(spans, prepend=-1))
+        counts = np.diff(starts, append=len(times))
+        means = [np.add.reduceat(x, starts) / counts for x in (times, values)]
+        times = means[0]
+        rows = np.stack([means[1], np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)])  # [3, m]
     if len(times) < 3:
-        return times, values
+        return times, rows
     steps = np.diff(times)
     gaps = np.flatnonzero(steps > GAP_POINTS * np.median(steps)) + 1
-    return np.insert(times, gaps, times[gaps - 1]), np.insert(values, gaps, np.nan)
+    return np.insert(times, gaps, times[gaps - 1]), np.insert(rows, gaps, np.nan, axis=1)
 
 
 def panels(lines: Sequence[dict[str, Any]]) -> list[tuple[str, str, dict[str, str], float]]:
@@ -152,12 +159,12 @@ def panels(lines: Sequence[dict[str, Any]]) -> list[tuple[str, str, dict[str, st
         ("rates", "clips/s", {"in": "into the lake", "out": "out of it"}, 1),
         ("streamers", "running", {"workers": "streamers"}, 1),
         ("trainer waits for data", "% of the time", {"waiting_share": "waiting"}, 100),
-        ("drift against the reference", "see datalake/README.md", {f"drift.{name}": name for name in drift}, 1),
+        ("drift, against the first shards", "see datalake/README.md", {f"drift.{name}": name for name in drift}, 1),
     ]
 
 
 def draw(root: Path) -> Path:
-    """`plot`: history.jsonl -> history.png. Raises UserError if there is no history yet."""
+    """`plot`: history.jsonl -> history.png. Raises UserError if there is too little to draw."""
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter  # heavy, and only needed here
     from matplotlib.figure import Figure  # no pyplot: nothing here needs a display
 
@@ -166,15 +173,11 @@ def draw(root: Path) -> Path:
     all_axes = figure.subplots(5, 1, sharex=True)
     for axes, (title, unit, names, factor) in zip(all_axes, panels(lines), strict=True):
         for name, label in names.items():
-            times, values = thinned(*curve(lines, name))
-            style = {"color": "0.6", "linestyle": "--"} if label == "cap" else {}
-            if len(times):
-                dates = [datetime.fromtimestamp(t, UTC) for t in times]
-                axes.plot(dates, factor * values, label=label, linewidth=1.2, drawstyle="default", **style)
+            draw_curve(axes, label, factor, *thinned(*curve(lines, name)))
         if axes.lines:
-            axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+            axes.set_ylim(bottom=min(0.0, *(np.nanmin(line.get_ydata()) for line in axes.lines)))
             if len(axes.lines) > 1:
-                axes.legend(loc="upper left", fontsize="small", ncols=6)
+                axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")
         else:
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color="0.5")
         axes.set_title(title, loc="left", fontsize="medium")
@@ -186,7 +189,17 @@ def draw(root: Path) -> Path:
     all_axes[-1].set_xlabel("time (UTC)")
     last = lines[-1]
     loss = "" if last.get("loss") is None else f", loss {last['loss']:.4g}"
-    figure.suptitle(f"{root}: {len(lines)} looks, step {last.get('step') or 0}{loss} at the end")
+    figure.suptitle(f"{root}, at the end: step {last.get('step') or 0:,}{loss}")
     with atomic_write(root / PICTURE) as f:
         figure.savefig(f, format="png", dpi=110)
     return root / PICTURE
+
+
+def draw_curve(axes: Any, label: str, factor: float, times: np.ndarray, rows: np.ndarray) -> None:
+    """A line through the means, a band from lowest to highest; nothing if nothing is known."""
+    if not len(times):
+        return
+    dates = [datetime.fromtimestamp(t, UTC) for t in times]
+    style = {"color": "0.6", "linestyle": "--"} if label == "cap" else {"marker": "." if len(times) < 60 else ""}
+    (line,) = axes.plot(dates, factor * rows[0], label=label, linewidth=1.2, **style)
+    axes.fill_between(dates, factor * rows[1], factor * rows[2], color=line.get_color(), alpha=0.2, linewidth=0)
