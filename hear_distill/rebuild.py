@@ -212,4 +212,4 @@ def mark_as_read(lake: Lake, infos: Infos, say: Say) -> None:
         }
     )
     num_begun = sum(rest > 0 for rest in rests.values())
-    say(f"{num_begun} recordings were cut in part; {rests.total()} clips of them are never cut")
+    say(f"{num_begun} recordings were cut in part; at most {rests.total()} clips of them are never cut")
