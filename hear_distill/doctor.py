@@ -99,6 +99,8 @@ def packages(requirements: Path) -> Finding:
 
 def gpu(device: str) -> tuple[str, Finding]:
     """(name of the GPU, what was found); the name is empty where there is none."""
+    if device == "cpu":
+        return "", Finding("ok", "gpu", "none needed: --device cpu")
     import torch  # heavy, and only the doctor needs it here
 
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
@@ -110,8 +112,6 @@ def gpu(device: str) -> tuple[str, Finding]:
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name(0)
         return name, Finding("ok", "gpu", f"{'; '.join(seen) or name}; torch {torch.__version__} uses it")
-    if device == "cpu":
-        return "", Finding("ok", "gpu", "none needed: --device cpu")
     if seen:
         remedy = f"update the driver to one for CUDA {torch.version.cuda}, or install another torch"
         return "", Finding("MUST", "gpu", f"{'; '.join(seen)}, but torch {torch.__version__} cannot use it; {remedy}")
@@ -161,6 +161,7 @@ def room(run: Run) -> Iterator[Finding]:
         (run.out, CHECKPOINT_BYTES, "checkpoints"),
         (home, TEACHER_BYTES * is_remote, "the teacher's weights"),
     ]
+    plans = [plan for plan in plans if plan[1]]
     disks: dict[int, list[tuple[Path, int, str]]] = {}
     for path, num_bytes, reason in plans:
         disks.setdefault(os.stat(existing(path)).st_dev, []).append((path, num_bytes, reason))
