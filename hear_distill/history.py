@@ -81,7 +81,7 @@ def line_of(status: dict[str, Any], waiting_share: float | None) -> dict[str, An
         "time": round(status["time"], 1),
         **{name: status[name] for name in ("used_bytes", "cap_bytes", "unread_clips")},
         **{name: _short(value) for name, value in status["clips_per_s"].items()},
-        "workers": status["control"]["workers"],
+        "workers": status["workers"],
         "waiting_share": None if waiting_share is None else _short(min(1.0, waiting_share)),
         "step": trainer.get("step"),
         "loss": _short(trainer.get("loss")),

@@ -88,15 +88,15 @@ def num_read(status: dict[str, Any]) -> int:
 
 def problems_of(status: dict[str, Any], age_s: float) -> list[str]:
     """What is wrong with a lake that runs, one line each; `age_s` is how old its status is."""
-    control, trainer, found = status["control"], status["trainer"], []
+    trainer, found = status["trainer"], []
     if age_s > SILENT_S:
         found.append(f"the supervisor has said nothing for {age_s:.0f} s: it hangs, or its disk does")
-    if not control["has_disk"]:
+    if not status["has_disk"]:
         found.append("the disk is below its floor (--disk-floor-gb): no streamer runs")
-    if control["crashes"]:
-        found.append(f"{control['crashes']} crashes of children within the last hour: look at {status['logs']}")
-    if control["paused_s"] > 0:
-        found.append(f"nothing is started for {control['paused_s']:.0f} s, after a crash or an outage of the source")
+    if status["crashes"]:
+        found.append(f"{status['crashes']} crashes of children within the last hour: look at {status['logs']}")
+    if status["paused_s"] > 0:
+        found.append(f"nothing is started for {status['paused_s']:.0f} s, after a crash or an outage of the source")
     silent_s = min(status["running_s"], status["time"] - trainer.get("time", 0))
     if silent_s > TRAINER_SILENT_S:
         found.append(f"the trainer has said nothing for {silent_s:.0f} s: look at {status['logs']}/train.log")
@@ -111,22 +111,22 @@ def problems_of(status: dict[str, Any], age_s: float) -> list[str]:
 def line_of(status: dict[str, Any]) -> str:
     """One line for people."""
     fullness = status["used_bytes"] / status["cap_bytes"]
-    control, trainer, rates = status["control"], status["trainer"], status["clips_per_s"]
+    trainer, rates = status["trainer"], status["clips_per_s"]
     loss = f", loss {trainer['loss']:.4g}" if trainer.get("loss") is not None else ""
     waiting = ", waiting for data" if trainer.get("is_waiting") else ""
     return (
         f"lake [{'#' * round(20 * fullness):<20}] {status['unread_clips']} unread clips, "
-        f"{state_of(control)}, {control['workers']} streamers, "
-        f"in {rates['in'] or 0:.0f}/s, out {rates['out'] or 0:.0f}/s; "
+        f"{state_of(status)}, {status['workers']} streamers, "
+        f"in {rates.get('in') or 0:.0f}/s, out {rates.get('out') or 0:.0f}/s; "
         f"step {trainer.get('step', 0)} of {trainer.get('steps', '?')}{loss}{waiting}"
     )
 
 
-def state_of(control: dict[str, Any]) -> str:
+def state_of(status: dict[str, Any]) -> str:
     """What the streamers are about."""
-    if not control["has_disk"]:
+    if not status["has_disk"]:
         return "stopped: the disk is below its floor"
-    return "filling" if control["is_filling"] else "draining"
+    return "filling" if status["is_filling"] else "draining"
 
 
 class Display:
@@ -160,7 +160,7 @@ class Display:
         """What status.json holds."""
         status = {
             **{"time": time.time(), "pid": os.getpid(), "running_s": now_s - self.started},
-            **{"control": asdict(control), "logs": str(self.lake.root / "logs"), **ledger_part(self.lake)},
+            **{**asdict(control), "logs": str(self.lake.root / "logs"), **ledger_part(self.lake)},
             "trainer": finite_or_null(read_heartbeat(self.out / "progress.json")),
             **{"drift": finite_or_null(self.drift[0]), "drift_warnings": self.drift[1]},
         }
@@ -234,28 +234,30 @@ def table_of(root: Path, status: dict[str, Any]) -> list[str]:
         f"lake        {status['lake']}: {running}",
         f"reservoir   [{'#' * round(BAR * full):-<{BAR}}] {full:.0%} of {gib(status['cap_bytes'])}; "
         f"{status['unread_clips']} unread clips",
-        *(live_lines(status) if "control" in status else []),
+        *(live_lines(status) if "running_s" in status else []),
         *worker_lines(root),
         *trainer_lines(status),
         f"tars        {', '.join(f'{count} {state}' for state, count in status['tars'].items())}",
         f"recordings  {status['recordings']} read; skipped: {', '.join(skips) or 'none'}",
         f"books       {Books(**status['books'])}",
     ]
-    if "control" in status:
+    if "running_s" in status:
         lines += [f"health      {problem}" for problem in status["problems"] or ["good"]]
     return lines
 
 
 def live_lines(status: dict[str, Any]) -> list[str]:
     """What only a running supervisor can tell."""
-    control, rates = status["control"], status["clips_per_s"]
-    drift = ", ".join(f"{name} {'?' if value is None else f'{value:.3g}'}" for name, value in status["drift"].items())
+    rates = status["clips_per_s"]
+    drift = ", ".join(
+        f"{name} {'not measured' if value is None else f'{value:.2f}'}" for name, value in status["drift"].items()
+    )
     return [
         f"flow        in {number(rates['in'])} clips/s, out {number(rates['out'])} clips/s; "
         f"{duration(status['stock_s'])} of data in stock",
-        f"streamers   {control['workers']}, {state_of(control)}; full {control['times_full']} times, "
-        f"started again {control['times_restarted']} times; {control['crashes']} crashes within an hour",
-        f"drift       {drift or 'not measured'}",
+        f"streamers   {status['workers']}, {state_of(status)}; full {status['times_full']} times, "
+        f"started again {status['times_restarted']} times; {status['crashes']} crashes within an hour",
+        f"drift       {', '.join(drift) or 'not measured'}",
     ]
 
 
@@ -266,7 +268,7 @@ def trainer_lines(status: dict[str, Any]) -> list[str]:
         return []
     loss = "" if trainer.get("loss") is None else f", loss {trainer['loss']:.4g}"
     line = f"trainer     step {trainer.get('step', 0)} of {trainer.get('steps') or '?'}{loss}"
-    if "control" in status:
+    if "running_s" in status:
         share = status["waiting_share"]
         waiting = ", waits for data now" if trainer.get("is_waiting") else ""
         line += f"; waited for data {'?' if share is None else f'{share:.1%}'} of the last ten minutes{waiting}"

@@ -65,7 +65,7 @@ def healthy(**changes: object) -> dict:
     """A status in which nothing is wrong, but for `changes`; those of the control and the trainer by prefix."""
     whole = {
         **{"time": 10_000.0, "running_s": 5_000.0, "logs": "logs", "waiting_share": 0.004, "drift_warnings": []},
-        "control": vars(CONTROL),
+        **vars(CONTROL),
         "trainer": {"time": 9_990.0, "step": 5, "steps": 10},
         "books": {"cut": 10, "ready": 4, "leased": 3, "trained": 2, "validation": 1, "retired_validation": 0},
     }
@@ -87,9 +87,9 @@ def test_nothing_is_wrong_with_a_healthy_lake():
     ("changes", "age_s", "expected"),
     [
         ({}, 31.0, "the supervisor has said nothing for 31 s"),
-        ({"control__has_disk": False}, 1.0, "below its floor"),
-        ({"control__crashes": 2}, 1.0, "2 crashes of children within the last hour"),
-        ({"control__paused_s": 299.0}, 1.0, "nothing is started for 299 s"),
+        ({"has_disk": False}, 1.0, "below its floor"),
+        ({"crashes": 2}, 1.0, "2 crashes of children within the last hour"),
+        ({"paused_s": 299.0}, 1.0, "nothing is started for 299 s"),
         ({"trainer__time": 9_399.0}, 1.0, "the trainer has said nothing for 601 s"),
         ({"trainer": {}}, 1.0, "the trainer has said nothing for 5000 s"),
         ({"waiting_share": 0.11}, 1.0, "waited for data 11%"),
