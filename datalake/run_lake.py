@@ -1,34 +1,40 @@
 """Keep a lake filled and a student learning from it: start, watch and end the streamers and the trainer.
 
 in:   a source of tars, a disk budget
-out:  <lake>/status.json (replaced every two seconds), <lake>/logs/, and what the children write
+out:  <lake>/{status.json, history.jsonl, ledger.backup.sqlite}, <lake>/logs/, and what the children write
 cost: one connection to the ledger and two looks a second; not measured
 
     python datalake/run_lake.py --source DIR --lake lake    # Ctrl-C ends it in good order; run it again to go on
     python datalake/run_lake.py demo                        # two cores, minutes, no network
+    python datalake/run_lake.py doctor --lake lake          # is this machine fit for it? Also: --dry-run, the plan
     python datalake/run_lake.py status --lake lake          # from another terminal
-    python datalake/run_lake.py fsck --lake lake            # do ledger and folders agree?
+    python datalake/run_lake.py stop --lake lake            # in good order, from there; run it again to go on
+    python datalake/run_lake.py plot --lake lake            # the last hours or days, in lake/history.png
+    python datalake/run_lake.py fsck --lake lake            # do ledger and folders agree? --deep, --repair
 
 As many streamers run as the trainer needs, none while the lake is full (hear_distill/control.py). A child that crashes
 or hangs is started again, a few times an hour; a full disk and a network that is down are waited for. The children end
-when this process does, however it ends. --on-event runs a command of yours on stop, crash-loop, disk-full and outage.
+when this process does, however it ends. --on-event runs a command of yours when something happens.
 """
 
+import json
 import os
 import shlex
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from hear_distill import cli, demo, status
+from hear_distill import backup, cli, demo, doctor, history, plan, repair, status, stop
 from hear_distill.children import TROUBLES, Child, Hook, Restarts, end_children, rotate, start_child
 from hear_distill.control import Law, Look, rate_of_worker
+from hear_distill.drift import warnings_of
 from hear_distill.files import GIB, UserError, free_bytes, gib, is_disk_full
 from hear_distill.lake import Lake
 from hear_distill.locks import alone
@@ -61,6 +67,14 @@ class Config:
     """more for the trainer, in quotes: --train-args "--steps 1000 --seed 1" """
     on_event: str = ""
     """shell command for events; HEAR_EVENT, HEAR_MESSAGE and HEAR_LAKE tell it what happened"""
+    dry_run: bool = False
+    """print the plan with its arithmetic and start nothing"""
+    json: bool = False
+    """of `status`: one JSON object on one line instead of the table"""
+    deep: bool = False
+    """of `fsck`: compute the hash of every shard as well"""
+    repair: bool = False
+    """of `fsck`: put right what disagrees, and make a ledger that is lost or damaged again"""
 
     def __post_init__(self) -> None:
         if self.max_workers < 1:
@@ -114,6 +128,8 @@ class Supervisor:
     trainer: Child | None = None
     num_decoder_deaths: int = 0
     """of those in the ledger, how many belong to crashes that were booked"""
+    drifting: set[str] = field(default_factory=set)
+    """statistics that were beyond their threshold at the last look"""
 
 
 def supervisor_of(config: Config, pipe: int) -> Supervisor:
@@ -147,11 +163,44 @@ def check_children(config: Config) -> None:
     """Let each child check its arguments, the source, the lake and the cap before anything starts. Raises UserError."""
     demo.prepare(config.source)
     for script in (STREAMER, TRAINER):
-        command = [*command_of(script, config), "--check"]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
-        if answer.returncode:
-            message = answer.stderr.strip().removeprefix("error: ") or f"exit code {answer.returncode}"
-            raise UserError(f"{script.name}: {message}")
+        ask(script, config, "--check")
+
+
+def ask(script: Path, config: Config, *more: str) -> None:
+    """Run a child that only answers. Raises UserError with what it says if it refuses."""
+    command = [*command_of(script, config), *more]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
+    if answer.returncode:
+        message = answer.stderr.strip().removeprefix("error: ") or f"exit code {answer.returncode}"
+        raise UserError(f"{script.name}: {message}")
+
+
+def run_of(config: Config) -> plan.Run:
+    """What would be started. Raises UserError if a child refuses its arguments."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = {script: Path(folder) / f"{script.stem}.json" for script in (STREAMER, TRAINER)}
+        for script, file in files.items():
+            ask(script, config, "--write-config", str(file))
+        streamer, trainer = (json.loads(file.read_text()) for file in files.values())
+    return plan.Run(
+        **{"lake": config.lake, "out": config.out, "source": config.source, "max_workers": config.max_workers},
+        **{"cap_bytes": round(config.cap_gb * GIB), "floor_bytes": round(config.disk_floor_gb * GIB)},
+        **{"streamer": streamer, "trainer": trainer},
+    )
+
+
+def show_plan(config: Config) -> None:
+    """`--dry-run`."""
+    run = run_of(config)
+    gpu_name, _ = doctor.gpu(run.trainer["device"])
+    print("\n".join(plan.lines_of(run, doctor.needed_rate(run.out, gpu_name), doctor.decode_rate())))
+    print_commands(config)
+
+
+def print_commands(config: Config) -> None:
+    """What is started, for people to repeat."""
+    for script in (STREAMER, TRAINER):
+        print("$ " + shlex.join(["python", *command_of(script, config)[1:]]))
 
 
 def start(supervisor: Supervisor, script: Path, name: str) -> Child:
@@ -289,12 +338,23 @@ def control(supervisor: Supervisor) -> bool:
     return True
 
 
+def tell_drift(supervisor: Supervisor, warnings: list[str]) -> None:
+    """Say once what begins to drift, and run the user's command."""
+    drifting = {warning.split()[0] for warning in warnings}
+    for warning in warnings:
+        if warning.split()[0] not in supervisor.drifting:
+            say(f"WARNING: {warning}")
+            supervisor.hook.send("drift", warning)
+    supervisor.drifting = drifting
+
+
 def turn(supervisor: Supervisor, display: status.Display) -> bool:
     """One turn, and a look. A full disk, on which not even the ledger can grow, is said and waited for."""
     try:
         if not control(supervisor):
             return False
         display.show(control_of(supervisor))
+        tell_drift(supervisor, warnings_of(display.drift))
     except (OSError, sqlite3.Error) as e:
         if not is_disk_full(e):
             raise
@@ -326,17 +386,9 @@ def control_of(supervisor: Supervisor) -> status.Control:
         times_full=supervisor.law.times_full,
         times_restarted=supervisor.law.times_restarted,
         workers=len(supervisor.workers),
+        crashes=supervisor.restarts.num_crashes(),
+        paused_s=supervisor.restarts.paused_s(),
     )
-
-
-def show_status(config: Config) -> int:
-    """`status`."""
-    return status.show_status(config.lake)
-
-
-def check_lake(config: Config) -> int:
-    """`fsck`."""
-    return status.check_lake(config.lake)
 
 
 def alone_on(lake: Path) -> AbstractContextManager[None]:
@@ -352,18 +404,20 @@ def check(config: Config) -> None:
 
 
 def main(config: Config) -> None:
-    stop = StopRequest()
+    if config.dry_run:
+        return show_plan(config)
+    stop_request = StopRequest()
     with alone_on(config.lake):
         check_children(config)
         reader, writer = os.pipe()  # `writer` closes with this process, however it ends
         supervisor, reason = supervisor_of(config, reader), "failed"
-        for script in (STREAMER, TRAINER):
-            print("$ " + shlex.join(["python", *command_of(script, config)[1:]]))
-        display = status.Display(supervisor.lake, config.out)
+        print_commands(config)
+        display, backups = status.Display(supervisor.lake, config.out), backup.Backups(config.lake)
         try:
-            while not stop and turn(supervisor, display):
-                stop.wait(POLL_S)
-            reason = "stopped" if stop else "finished"
+            while not stop_request and turn(supervisor, display):
+                backups.look()
+                stop_request.wait(POLL_S)
+            reason = "stopped" if stop_request else "finished"
         except UserError as e:
             reason = str(e)
             raise
@@ -373,5 +427,23 @@ def main(config: Config) -> None:
     say(f"{reason}: the lake was full {supervisor.law.times_full} times; {supervisor.lake.books()}")
 
 
+def fsck(config: Config) -> int:
+    """`fsck`; a repair needs the lake for itself."""
+    if not config.repair:
+        return repair.check(config.lake, config.deep)
+    repair.require(config.lake)
+    with alone_on(config.lake):
+        return repair.repair(config.lake, config.deep)
+
+
+ACTIONS = {
+    "doctor": lambda config: doctor.examine(run_of(config)),
+    "status": lambda config: status.show(config.lake, config.json),
+    "stop": lambda config: stop.stop(config.lake),
+    "plot": lambda config: print(history.draw(config.lake)),
+    "fsck": fsck,
+}
+FLAGS_OF = {"dry_run": tuple(PRESETS), "json": ("status",), "deep": ("fsck",), "repair": ("fsck",)}
+
 if __name__ == "__main__":
-    cli.run(main, PRESETS, __doc__, actions={"status": show_status, "fsck": check_lake}, check=check)
+    cli.run(main, PRESETS, __doc__, ACTIONS, check, FLAGS_OF)

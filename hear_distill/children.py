@@ -227,6 +227,14 @@ class Restarts:
         """Whether nothing speaks against a new child of this kind."""
         return time.monotonic() >= self.start_after[kind]
 
+    def paused_s(self) -> float:
+        """Seconds until children of every kind may be started; 0 if they may be now."""
+        return max(0.0, *(after - time.monotonic() for after in self.start_after.values())) if self.start_after else 0.0
+
+    def num_crashes(self) -> int:
+        """Of all kinds, within the last hour."""
+        return sum(time.monotonic() - crash < HOUR_S for crashes in self.crashes.values() for crash in crashes)
+
     def begin_trouble(self, trouble: str, message: str, num_cut: int) -> None:
         """Something that will pass: say it once, and run the user's command."""
         if trouble not in self.troubles:

@@ -4,20 +4,25 @@ python STAGE.py                      the real thing: the first preset
 python STAGE.py demo --steps 50      another preset, single fields overridden
 python STAGE.py status --lake DIR    another action on the same fields
 python STAGE.py ... --check          check everything, then exit; the streamer makes or joins the lake for that
+python STAGE.py ... --write-config FILE    write what these arguments mean as JSON, then exit: for other programs
 """
 
+import dataclasses
 import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
+from pathlib import Path
+from types import MappingProxyType
 from typing import NoReturn, TypeVar
 
 import tyro
 from dotenv import load_dotenv
 
-from hear_distill.files import UserError, naming_full_disk
+from hear_distill.files import UserError, naming_full_disk, write_json
 
 C = TypeVar("C")
+NO_FLAGS: Mapping[str, Sequence[str]] = MappingProxyType({})
 Action = Callable[[C], int | None]  # a stage's main: takes its Config, returns an exit code or None for 0
 
 
@@ -27,6 +32,7 @@ def run(
     description: str,
     actions: Mapping[str, Action[C]] | None = None,
     check: Action[C] | None = None,
+    flags_of: Mapping[str, Sequence[str]] | None = None,
 ) -> NoReturn:
     """Parse `sys.argv`, run the stage, exit: 0 done, 1 failed, 2 the user can put it right, 73 the disk is full,
     75 try again later.
@@ -35,6 +41,7 @@ def run(
         presets: configurations by first word; the first of them is the bare command's.
         actions: first words that do something other than `main` with the first preset, such as `status`.
         check: what --check does once the flags are accepted, for what only the disk can tell; raises UserError.
+        flags_of: fields that mean something to some words alone, by name; with other words they are refused.
         description: the stage's docstring, shown by --help above the list of words and flags.
     """
     load_dotenv(".env")
@@ -42,7 +49,10 @@ def run(
     try:
         is_check = "--check" in sys.argv
         argv = [argument for argument in sys.argv[1:] if argument != "--check"]
-        action, config = parse(main, presets, argv, description, actions or {})
+        config_file = take_value(argv, "--write-config")
+        action, config = parse(main, presets, argv, description, actions or {}, flags_of or {})
+        if config_file is not None:
+            sys.exit(write_json(Path(config_file), dataclasses.asdict(config)))
         if is_check:
             action = check if check and action is main else lambda _: None
         with naming_full_disk():
@@ -55,12 +65,25 @@ def run(
         sys.exit("interrupted")
 
 
+def take_value(argv: list[str], flag: str) -> str | None:
+    """Remove `flag VALUE` from the arguments; None if it is not among them. Raises UserError without a value."""
+    if flag not in argv:
+        return None
+    at = argv.index(flag)
+    if at + 1 == len(argv):
+        raise UserError(f"{flag} needs a file")
+    value = argv[at + 1]
+    del argv[at : at + 2]
+    return value
+
+
 def parse(
     main: Action[C],
     presets: Mapping[str, C],
     argv: Sequence[str],
     description: str,
     actions: Mapping[str, Action[C]],
+    flags_of: Mapping[str, Sequence[str]] = NO_FLAGS,
 ) -> tuple[Action[C], C]:
     """What to call, and with which configuration. Raises UserError for anything wrong, SystemExit(0) after --help."""
     bare, argv = next(iter(presets)), list(argv)
@@ -71,7 +94,12 @@ def parse(
 
     if "--help" in argv or "-h" in argv:
         print(f"{description}\nfirst word: {' | '.join(words)} (none means {bare}); the defaults below are of {word}\n")
-    return actions.get(word, main), _parse_flags(presets.get(word, presets[bare]), argv)
+    default = presets.get(word, presets[bare])
+    config = _parse_flags(default, argv)
+    for name, owners in flags_of.items():
+        if word not in owners and getattr(config, name) != getattr(default, name):
+            raise UserError(f"--{name.replace('_', '-')} means nothing to {word}; it belongs to: {', '.join(owners)}")
+    return actions.get(word, main), config
 
 
 def _parse_flags(default: C, argv: Sequence[str]) -> C:

@@ -69,6 +69,8 @@ class Lake(Ledger):
             limits: what may change from run to run: `cap_bytes` of `used_bytes`, `reservation_bytes` of one shard with
                 all its parts, `max_workers`, the streamers that may run side by side, and `keep`, what they keep.
         """
+        if cls.find(root) is None:
+            cls.refuse_orphans(root)
         for folder in ("shards", "val", "owners", "quarantine"):
             make_folder(root / folder)
         with (root / "create.lock").open("w") as lock:

@@ -18,6 +18,7 @@ from hear_distill.schema import SCHEMA_VERSION, SUMS_OF_SHARDS, TRAIN, Books, Sh
 
 LOCK_WAIT_S = 60.0
 SPARE = "split = 'train' AND state = 'ready'"  # of `num_spare_bytes`
+REPAIR = "python datalake/run_lake.py fsck --repair --lake"
 
 
 class Ledger:
@@ -35,13 +36,19 @@ class Ledger:
         """An existing lake. Raises UserError if there is none."""
         lake = cls.find(root)
         if lake is None:
+            cls.refuse_orphans(root)
             raise UserError(f"no lake at {root}; to make one: python datalake/run_lake.py --source DIR --lake {root}")
         return lake
 
     @classmethod
     def find(cls, root: Path) -> Self | None:
-        """The lake at `root`, or None if there is none yet. Raises UserError if its ledger has other tables."""
-        lake = cls(root) if (root / "ledger.sqlite").exists() else None
+        """The lake at `root`, or None if there is none yet. Raises UserError if the file is no ledger of this code."""
+        try:
+            lake = cls(root) if (root / "ledger.sqlite").exists() else None
+        except sqlite3.OperationalError:  # the disk, or a lock
+            raise
+        except sqlite3.DatabaseError as e:
+            raise UserError(f"the ledger of {root} is damaged ({e}); to make it again: {REPAIR} {root}") from e
         if lake is None or not lake.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'totals'").fetchone():
             return None
         (version,) = lake.db.execute("PRAGMA user_version").fetchone()
@@ -51,6 +58,12 @@ class Ledger:
                 f"made it; go on with that one, choose another --lake or, if nothing was trained from it yet, delete it"
             )
         return lake
+
+    @staticmethod
+    def refuse_orphans(root: Path) -> None:
+        """Raise UserError if there are shards without a ledger: a new one would write over them, beyond the cap."""
+        if any((root / "shards").glob("*.tar")) or any((root / "val").glob("*.tar")):
+            raise UserError(f"{root} has shards, but its ledger is lost; to make it again: {REPAIR} {root}")
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -92,6 +105,10 @@ class Ledger:
     def setting(self, name: str) -> str:
         """A field of the lake's identity, one of its limits, or `id`, which no other lake has."""
         return self.db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()["value"]
+
+    def settings(self) -> dict[str, str]:
+        """The lake's whole identity, its limits and its `id`."""
+        return dict(self.db.execute("SELECT name, value FROM settings").fetchall())
 
     def cap_bytes(self) -> int:
         """The hard limit on `used_bytes`."""

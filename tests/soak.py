@@ -38,9 +38,11 @@ COPIES = 60
 # The real command refuses to go on after a few crashes an hour, as it should; here they are the point.
 PATIENT = f"""
 import runpy, sys
-stage = runpy.run_path({str(SUPERVISOR)!r})
-stage["control"].__globals__.update(CRASHES_PER_HOUR=10**6, BACKOFF_S=0.0)
-stage["cli"].run(stage["main"], stage["PRESETS"], stage["__doc__"], check=stage["check"])
+from hear_distill import children
+children.CRASHES_PER_HOUR = children.DECODER_CRASHES_PER_HOUR = 10**6
+children.BACKOFF_S = 0.0
+sys.argv[0] = {str(SUPERVISOR)!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 

@@ -1,6 +1,7 @@
 """The command line: what is accepted, what one line says about everything else, and which flags each stage has."""
 
 import io
+import json
 import re
 import runpy
 import subprocess
@@ -31,6 +32,7 @@ FLAGS = {
     SUPERVISOR: {
         *("lake", "source", "out", "cap-gb", "disk-floor-gb", "on-event"),
         *("min-workers", "max-workers", "recipe", "stream-args", "train-args"),
+        *("dry-run", "json", "deep", "repair"),
     },
     TRAINER: {
         *(
@@ -57,7 +59,7 @@ FLAGS = {
 }
 WORDS = {
     STREAMER: "laion | demo (none means laion)",
-    SUPERVISOR: "best | paper | demo | status | fsck (none means best)",
+    SUPERVISOR: "best | paper | demo | doctor | status | stop | plot | fsck (none means best)",
     TRAINER: "best | paper | demo (none means best)",
     EVALUATION: "real | demo (none means real)",
     BENCHMARK: "full | demo (none means full)",
@@ -204,6 +206,14 @@ def test_check_asks_the_stage_nothing_when_only_an_action_was_asked_for(toy):
     assert toy("count", "--check", check=refuse) == (0, "", "")
 
 
+def test_what_the_arguments_mean_can_be_had_as_json_without_running_anything(toy, tmp_path):
+    assert toy("bright", "--write-config", "toy.json", "--inner.depth", "5") == (0, "", "")
+    expected = {"out": "toy.txt", "num_rounds": 40, "colour": "green", "note": "", "inner": {"depth": 5}}
+    assert json.loads(Path("toy.json").read_text()) == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["toy.json"]
+    assert toy("--write-config") == (2, "", "error: --write-config needs a file\n")
+
+
 def test_a_value_that_ends_like_a_flag_for_children_is_an_ordinary_value(toy):
     assert toy("--note", "no-args", "--num-rounds", "3") == (0, "", "")
     assert Path("toy.txt").read_text() == repr(Toy(note="no-args", num_rounds=3))
@@ -290,6 +300,12 @@ STAGE_MISTAKES = {
     "supervisor, too many at least": (SUPERVISOR, ["--min-workers", "5"], "--min-workers must be 1 to --max-workers 4"),
     "status, no lake": (SUPERVISOR, ["status"], "no lake at lake"),
     "fsck, no lake": (SUPERVISOR, ["fsck", "--lake", "nowhere"], "no lake at nowhere"),
+    "fsck --repair, no lake": (SUPERVISOR, ["fsck", "--repair", "--lake", "nowhere"], "no lake at nowhere"),
+    "stop, no lake": (SUPERVISOR, ["stop"], "no lake at lake"),
+    "plot, no lake": (SUPERVISOR, ["plot"], "lake/history.jsonl holds nothing to draw yet"),
+    "repair without fsck": (SUPERVISOR, ["--repair"], "--repair means nothing to best; it belongs to: fsck"),
+    "json without status": (SUPERVISOR, ["fsck", "--json"], "--json means nothing to fsck; it belongs to: status"),
+    "dry run of fsck": (SUPERVISOR, ["fsck", "--dry-run"], "--dry-run means nothing to fsck; it belongs to: best"),
     "trainer, word": (TRAINER, ["papr"], "best, paper, demo"),
     "trainer, flag": (TRAINER, ["--model.widht", "4"], "--model.width"),
     "trainer, type": (TRAINER, ["--steps", "1e3"], "--steps"),

@@ -28,6 +28,7 @@ from lake_tools import (
 )
 from poisoned_streamer import POISONED_STREAMER, write_poisoned_source
 
+from hear_distill.backup import damage_of
 from hear_distill.files import GIB, MIB, UserError
 from hear_distill.lake import Lake
 from hear_distill.teacher import save_stand_in
@@ -445,8 +446,11 @@ def test_status_and_a_second_supervisor_tell_whether_one_is_running(house):
     assert code == 2 and re.fullmatch(r"error: another supervisor runs [^\n]+ status --lake [^\n]+\n", err)
     assert process.poll() is None and house.ledger(Lake.cap_bytes) == house.cap_bytes
 
-    process.terminate()
-    end_of(process)
+    children, stop = family(process), house.status("stop")
+    assert stop.returncode == 0 and f"{house.lake} is stopped" in stop.stdout
+    assert end_of(process)[0] == 0 and not any(child.is_running() for child in children)
+    assert (house.lake / "history.jsonl").read_text().endswith("\n")
+    assert damage_of(house.lake / "ledger.backup.sqlite") is None
     status = house.status()
     assert status.returncode == 1 and f"{house.lake}: not running" in status.stdout
     assert str(house.num_clips_trained()) in status.stdout

@@ -293,3 +293,18 @@ def test_the_status_line_shows_a_loss_that_was_not_finite(stage):
 def test_more_arguments_for_the_trainer_leave_the_preset_that_the_word_named(stage, word):
     _, config = stage.cli.parse(stage.main, stage.PRESETS, [word, "--train-args=--seed 5"], "", {})
     assert stage.command_of(stage.TRAINER, config)[2] == word
+
+
+def test_what_begins_to_drift_is_said_once_and_the_users_command_is_told(stage, supervisor, monkeypatch, capsys):
+    sent = []
+    monkeypatch.setattr(supervisor.hook, "send", lambda *event: sent.append(event))
+    for warnings in (
+        ["level has drifted: 0.8"],
+        ["level has drifted: 0.9", "bands has drifted: 0.6"],
+        [],
+        ["level ..."],
+    ):
+        stage.tell_drift(supervisor, warnings)
+    said = ["level has drifted: 0.8", "bands has drifted: 0.6", "level ..."]
+    assert sent == [("drift", message) for message in said]
+    assert [message in capsys.readouterr().out for message in said[:1]] == [True]
