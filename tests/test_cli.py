@@ -303,7 +303,11 @@ STAGE_MISTAKES = {
     "fsck --repair, no lake": (SUPERVISOR, ["fsck", "--repair", "--lake", "nowhere"], "no lake at nowhere"),
     "stop, no lake": (SUPERVISOR, ["stop"], "no lake at lake"),
     "plot, no lake": (SUPERVISOR, ["plot"], "lake/history.jsonl holds nothing to draw yet"),
-    "repair without fsck": (SUPERVISOR, ["--repair"], "--repair means nothing to best; it belongs to: fsck"),
+    "repair without fsck": (
+        SUPERVISOR,
+        ["--source", "nowhere", "--repair"],
+        "--repair means nothing to best; it belongs to: fsck",
+    ),
     "json without status": (SUPERVISOR, ["fsck", "--json"], "--json means nothing to fsck; it belongs to: status"),
     "dry run of fsck": (SUPERVISOR, ["fsck", "--dry-run"], "--dry-run means nothing to fsck; it belongs to: best"),
     "trainer, word": (TRAINER, ["papr"], "best, paper, demo"),
