@@ -26,7 +26,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -38,7 +39,7 @@ from hear_distill.drift import warnings_of
 from hear_distill.files import GIB, UserError, free_bytes, gib, is_disk_full
 from hear_distill.lake import Lake
 from hear_distill.locks import alone
-from hear_distill.runlog import StopRequest, read_heartbeat
+from hear_distill.runlog import Stopped, StopRequest, read_heartbeat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,19 +160,31 @@ def command_of(script: Path, config: Config) -> list[str]:
     return [sys.executable, str(script), word, *shlex.split(more), "--lake", str(config.lake), *map(str, ours)]
 
 
-def check_children(config: Config) -> None:
+def check_children(config: Config, look: Callable[[], None] = lambda: None) -> None:
     """Let each child check its arguments, the source, the lake and the cap before anything starts. Raises UserError."""
     demo.prepare(config.source)
     for script in (STREAMER, TRAINER):
-        ask(script, config, "--check")
+        ask(script, config, "--check", look=look)
 
 
-def ask(script: Path, config: Config, *more: str) -> None:
-    """Run a child that only answers. Raises UserError with what it says if it refuses."""
-    command = [*command_of(script, config), *more]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
-    if answer.returncode:
-        message = answer.stderr.strip().removeprefix("error: ") or f"exit code {answer.returncode}"
+def ask(script: Path, config: Config, *more: str, look: Callable[[], None] = lambda: None) -> None:
+    """Run a child that only answers. Raises UserError with what it says if it refuses.
+
+    It may ask a hub that is down for minutes; `look` is called meanwhile, and what that raises ends it.
+    """
+    command, said = [*command_of(script, config), *more], None
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, start_new_session=True) as child:
+        try:
+            while said is None:
+                look()
+                with suppress(subprocess.TimeoutExpired):
+                    _, said = child.communicate(timeout=POLL_S)
+        except BaseException:
+            child.kill()
+            raise
+    if child.returncode:
+        message = said.strip().removeprefix("error: ") or f"exit code {child.returncode}"
         raise UserError(f"{script.name}: {message}")
 
 
@@ -408,7 +421,10 @@ def main(config: Config) -> None:
         return show_plan(config)
     stop_request = StopRequest()
     with alone_on(config.lake):
-        check_children(config)
+        try:
+            check_children(config, stop_request.look)
+        except Stopped:
+            return say("stopped before anything was started")
         reader, writer = os.pipe()  # `writer` closes with this process, however it ends
         supervisor, reason = supervisor_of(config, reader), "failed"
         print_commands(config)

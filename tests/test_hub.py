@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import httpx2
+import psutil
 import pytest
 from hub_faults import (
     BodyFault,
@@ -39,6 +40,7 @@ from hub_server import HubServer
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 from lake_tools import (
+    ROOT,
     STREAMER,
     TIMEOUT_S,
     assert_exactly_once,
@@ -312,6 +314,21 @@ def test_a_wait_of_a_day_is_not_sat_through(hub, tmp_path):
     assert worker.returncode == 75
     assert "asks us to wait for 86400 s" in worker.stderr
     assert_in_order(tmp_path / "lake")
+
+
+def test_a_supervisor_that_is_asked_to_stop_while_the_hub_is_down_leaves_nobody_behind(hub, tmp_path):
+    hub.inject(server_error(503), kind="info", times=None)
+    command = [sys.executable, str(ROOT / "datalake" / "run_lake.py"), "--source", DATASET, "--lake", "lake"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=hub.environment(tmp_path / "home"), stdout=subprocess.PIPE, text=True
+    ) as supervisor:
+        while not hub.requests and supervisor.poll() is None:
+            time.sleep(0.05)
+        (asking,) = psutil.Process(supervisor.pid).children()
+        supervisor.terminate()
+        out, _ = supervisor.communicate(timeout=10)
+    assert (supervisor.returncode, out) == (0, "stopped before anything was started\n")
+    assert not asking.is_running()
 
 
 # ---- what is in the dataset ----
