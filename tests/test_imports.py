@@ -22,6 +22,7 @@ ALLOWED = {
     "lake": {"files", "locks", "schema"},
     "locks": {"files"},
     "losses": set(),
+    "noise_scale": set(),
     "plots": {"files", "runlog"},
     "probes": set(),
     "runlog": {"files"},
