@@ -26,6 +26,7 @@ ALLOWED = {
     "plots": {"files", "runlog"},
     "probes": set(),
     "runlog": {"files"},
+    "schedule": set(),
     "schema": set(),
     "shards": {"audio"},
     "sources": {"files"},
@@ -33,6 +34,7 @@ ALLOWED = {
     "synthetic": {"files"},
     "tasks": {"audio", "files"},
     "teacher": {"files"},
+    "weight_ema": set(),
 }
 # The only imports inside a function: what only some runs need and all would pay for.
 LATE = {
