@@ -15,6 +15,7 @@ ALLOWED = {
     "audio": set(),
     "checkpoint": {"files"},
     "cli": {"files"},
+    "critical_lr": set(),
     "data": {"audio", "files", "lake", "locks", "schema", "shards"},
     "demo": {"synthetic", "teacher"},
     "files": set(),
