@@ -15,6 +15,7 @@ ALLOWED = {
     "audio": {"mp3"},
     "checkpoint": {"files"},
     "cli": {"files"},
+    "critical_lr": set(),
     "cutter": {"audio", "schema", "shards", "sources", "tars"},
     "data": {"audio", "files", "lake", "locks", "schema", "shards"},
     "demo": {"synthetic", "teacher"},
@@ -26,10 +27,12 @@ ALLOWED = {
     "locks": {"files"},
     "losses": set(),
     "mp3": set(),
+    "noise_scale": set(),
     "plots": {"files", "runlog"},
     "probes": set(),
     "remote": {"files", "tars"},
     "runlog": {"files"},
+    "schedule": set(),
     "schema": set(),
     "shards": {"audio"},
     "sources": {"files", "hub", "remote", "tars"},
@@ -38,6 +41,7 @@ ALLOWED = {
     "tars": {"files"},
     "tasks": {"audio", "files"},
     "teacher": {"files"},
+    "weight_ema": set(),
 }
 # The only imports inside a function: what only some runs need and all would pay for.
 LATE = {
