@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from hear_distill import checkpoint, cli, demo
+from hear_distill.agreement import agreement
 from hear_distill.data import Batch, Drawing, LakeReader, ordinary_memory, read_validation
 from hear_distill.files import UserError, gib
 from hear_distill.frontend import MelPcen
 from hear_distill.lake import Lake
 from hear_distill.locks import Owner, alone
-from hear_distill.losses import LossWeights, agreement, distill_loss
+from hear_distill.losses import LossWeights, distill_loss
 from hear_distill.plots import draw_losses
 from hear_distill.runlog import Heartbeat, Metrics, StopRequest, write_config
 from hear_distill.schema import ANCHOR, RECENT

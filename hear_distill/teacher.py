@@ -3,7 +3,7 @@
 in:   google/hear-pytorch (1.2 GB, gated), any other model of its kind, or a folder with config.json, model.safetensors
 out:  Teacher, which maps the spectrogram of a 2 s clip to the 512-d embedding that the student learns
 
-B clips   192 x 128 = time x mel   E = 512 embedding
+B clips   192 x 128 = time x mel   E = 512 embedding   N = 96 patches, 12 x 8   P = 1024 width of a token
 """
 
 import hashlib
@@ -92,6 +92,15 @@ class Teacher(nn.Module):
     def forward(self, spectrogram: Tensor) -> Tensor:
         """[B, 1, 192, 128] -> [B, E], linear pooling of the class token, not normalised."""
         return self.model(spectrogram).pooler_output
+
+    @torch.no_grad()
+    def embed_with_patches(self, spectrogram: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 1, 192, 128] -> [B, E] as a plain call gives it, and [B, N, P] patch tokens, of the same forward pass.
+
+        They are the last layer's, after its norm and without the class token, in the order of the student's tokens.
+        """
+        output = self.model(spectrogram)
+        return output.pooler_output, output.last_hidden_state[:, 1:]  # [B, E], [B, N, P]
 
 
 def load_teacher(name_or_folder: str | Path, *, revision: str | None = None, device: str = "cpu") -> Teacher:

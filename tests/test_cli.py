@@ -48,7 +48,7 @@ FLAGS = {
         *("decay-steps", "weight-decay", "open-shards", "consume", "save-every", "log-every", "resume", "seed"),
         *("model.width", "model.blocks", "model.heads", "model.mlp-width", "model.embedding-width"),
         *("model.canon", "model.canon-kernel", "model.canon-dims", "model.positions"),
-        *("loss.mse", "loss.relational", "loss.contrastive"),
+        *("loss.mse", "loss.relational", "loss.contrastive", "loss.prototype", "loss.patch"),
     },
     EVALUATION: {"checkpoint", "teacher", "table", "out", "device", "batch-size", "seed"},
     BENCHMARK: {
