@@ -14,7 +14,7 @@ common part, which makes all clips similar until their mean is taken off.
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ class LossWeights:
     """of the student's tokens predicting the teacher's; fades over the last fifth of a run"""
 
     def __post_init__(self) -> None:
-        weights = asdict(self)
+        weights = {field.name: getattr(self, field.name) for field in fields(LossWeights)}  # of a subclass, too
         if not all(0 <= weight < math.inf for weight in weights.values()) or max(weights.values()) == 0:
             raise ValueError(f"loss weights must not be negative, nor all zero, nor infinite, got {weights}")
 

@@ -108,13 +108,18 @@ class TeacherQueue:
         self.rows = rows.detach().clone()
         self.oldest = oldest
 
-    def push(self, rows: Tensor) -> None:
-        """[B, E]: takes the places of the B oldest rows; of more than M only the last M stay. Waits for no device."""
+    def push(self, rows: Tensor, is_taken: Tensor | bool = True) -> None:
+        """[B, E]: takes the places of the B oldest rows; of more than M only the last M stay. Waits for no device.
+
+        After a step that was not taken (a scalar, 1 or 0, on the device) the B oldest rows stay, for another round.
+        """
         if rows.ndim != 2 or rows.shape[1] != self.rows.shape[1]:
             raise ValueError(f"rows must be [B, {self.rows.shape[1]}], got {list(rows.shape)}")
         num_rows = len(self.rows)
         rows = rows.detach()[-num_rows:]
         places = (self.oldest + torch.arange(len(rows), device=self.rows.device)) % num_rows
+        if is_taken is not True:
+            rows = torch.where(is_taken > 0, rows.to(self.rows), self.rows[places])
         self.rows.index_copy_(0, places, rows.to(self.rows))
         self.oldest = (self.oldest + len(rows)) % num_rows
 

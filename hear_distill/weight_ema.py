@@ -11,7 +11,7 @@ the average forgets the random start without a correction: what is older than ha
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 MAX_SHARE_OF_RUN = 0.1  # of the samples seen, that the half-life may be
 
@@ -31,9 +31,15 @@ class WeightEma:
         self.model = copy.deepcopy(student).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def update(self, student: nn.Module, samples_seen: int, batch: int) -> None:
-        """Take in the weights after a step of `batch` clips; buffers are copied, as they are counts and constants."""
-        new = 1 - ema_decay(samples_seen, batch, self.half_life_samples)
-        torch._foreach_lerp_(list(self.model.parameters()), list(student.parameters()), new)
+    def update(self, student: nn.Module, samples_seen: int, batch: int, is_taken: Tensor | float = 1.0) -> None:
+        """Take in the weights after a step of `batch` clips; buffers are copied, as they are counts and constants.
+
+        A step that was not taken (`is_taken` is 0, on the device) leaves the average as it is. Waits for no device.
+        """
+        new = (1 - ema_decay(samples_seen, batch, self.half_life_samples)) * is_taken
+        averages = list(self.model.parameters())
+        away = torch._foreach_sub(list(student.parameters()), averages)
+        torch._foreach_mul_(away, new)
+        torch._foreach_add_(averages, away)
         for average, present in zip(self.model.buffers(), student.buffers(), strict=True):
             average.copy_(present)
