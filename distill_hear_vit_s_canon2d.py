@@ -36,8 +36,8 @@ from hear_distill.journal import Journal
 from hear_distill.lake import Lake
 from hear_distill.learning import Learning
 from hear_distill.locks import Owner, alone
-from hear_distill.objective import ClipId, LossConfig, Objective, measure
-from hear_distill.pace import ControllerName, Pace, is_passed
+from hear_distill.objective import ClipId, LossConfig, measure
+from hear_distill.pace import ControllerName, Pace
 from hear_distill.plots import draw_curves
 from hear_distill.room import refuse_small_cap
 from hear_distill.runlog import StopRequest, write_config
@@ -53,7 +53,7 @@ BEST_SCHEDULE = Schedule(warmup_samples=256_000, decay_samples=5_120_000)
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Flags of the trainer. --out remembers the model and the loss; the rest may change when a run is resumed."""
+    """Flags of the trainer. --out remembers model, loss, --seed and --pad-share; the rest may change in between."""
 
     lake: Path = Path("lake")
     """the lake to train from"""
@@ -101,14 +101,14 @@ class Config:
     schedule: Schedule = BEST_SCHEDULE
 
     def __post_init__(self) -> None:
-        if min(self.chunk_size, self.open_shards, self.save_every, self.log_every) < 1:
-            raise ValueError("--chunk-size, --open-shards, --save-every and --log-every must be at least 1")
-        if min(self.chunk_size, self.chunks) < 2:
-            raise ValueError("--chunk-size and --chunks must be at least 2: clips are compared, and so are chunks")
+        if min(self.open_shards, self.save_every, self.log_every) < 1:
+            raise ValueError("--open-shards, --save-every and --log-every must be at least 1")
+        if min(self.chunk_size, self.chunks, self.target_clips) < 2:
+            raise ValueError("--chunk-size, --chunks and --target-clips must be at least 2: they are compared")
+        if not 0 <= self.pad_share <= 1:
+            raise ValueError(f"--pad-share must be between 0 and 1, got {self.pad_share}")
         if self.save_every % self.log_every:
             raise ValueError(f"--save-every {self.save_every} must be a multiple of --log-every {self.log_every}")
-        if self.target_clips < 2 or not 0 <= self.pad_share <= 1:
-            raise ValueError("--target-clips must be at least 2, --pad-share between 0 and 1")
         if self.warmup == "critical" and self.schedule.warmup_samples < NUM_KEPT * self.batch_size():
             raise ValueError(
                 f"--warmup critical looks {NUM_KEPT} times in the warm-up, so --schedule.warmup-samples must be at "
@@ -181,9 +181,8 @@ class Run:
     reader: LakeReader
     journal: Journal
     best: float = float("inf")
-    """lowest validation MSE so far"""
+    """lowest validation MSE so far, and its step"""
     best_step: int = 0
-    """where that was"""
     covered: dict[str, Any] = field(default_factory=dict)
     """state of the reader after the last whole step"""
     num_pending: int = 0
@@ -202,15 +201,19 @@ class Run:
     """when the GPU has the last batch, whose buffer the reader may then fill anew"""
 
 
+def remembered(config: Config) -> dict[str, dict[str, Any]]:
+    """What must not change in the life of a run, by what it belongs to."""
+    run = {"seed": config.seed, "pad_share": config.pad_share}
+    return {"student": dataclasses.asdict(config.model), "loss": dataclasses.asdict(config.loss), "run": run}
+
+
 def refuse_another(config: Config, state: dict[str, Any], lake: Lake) -> None:
     """Raise UserError unless the run in --out may go on, and with this model, this loss and this lake."""
     if config.resume == "never":
         raise UserError(f"{config.out} holds a run, and --resume never; choose another --out")
-    for what, kept, asked in (
-        ("student", state["student_config"], dataclasses.asdict(config.model)),
-        ("loss", state["loss_config"], dataclasses.asdict(config.loss)),
-    ):
-        differing = [name for name in asked if kept.get(name) != asked[name]]
+    asked = remembered(config)
+    for what, kept in state["remembered"].items():
+        differing = [name for name in asked[what] if kept.get(name) != asked[what][name]]
         if differing:
             raise UserError(f"{config.out} holds a {what} with another {', '.join(differing)}; choose another --out")
     if state["lake"] != lake.setting("id"):
@@ -283,9 +286,7 @@ def begin(run: Run, stop: StopRequest) -> bool:
     if is_new:
         clips = first_clips(run.lake, config.target_clips, config.chunk_size)
         sample = ((ids, spectrogram_of(run, samples, ids)) for ids, samples in clips)
-        state = measure(learning.teacher, config.loss, sample, config.seed)
-        learning.objective = Objective(learning.teacher, config.loss, state, learning.device)
-        print(f"the targets are standardised by {len(state['known'])} clips")
+        learning.start_with(measure(learning.teacher, config.loss, sample, config.seed))
     run.covered, run.is_whole = run.reader.state(), True
     return True
 
@@ -305,18 +306,17 @@ def train(run: Run, stop: StopRequest) -> str:
         return leave(run, stop)
     run.timed_from = (learning.samples, time.monotonic())
     while not learning.is_done():
-        plan, before = learning.begin_step(), learning.samples
-        for _ in range(plan.num_chunks):
+        for _ in range(learning.begin_step().num_chunks):
             batch = next_batch(run, stop)
             if batch is None:
                 return leave(run, stop)
             learn_from(run, batch)
         terms = finish_step(run)
 
-        if is_passed(before, learning.samples, config.log_every) or learning.is_done():
+        if learning.has_passed(config.log_every):
             stop_if_diverged(run)  # waits for the device to finish the step
             log_step(run, terms)
-        if is_passed(before, learning.samples, config.save_every) or learning.is_done():
+        if learning.has_passed(config.save_every):
             validate_and_save(run)
             run.timed_from = (learning.samples, time.monotonic())
     return "all clips are done"
@@ -452,6 +452,7 @@ def save(run: Run, is_best: bool = False) -> None:
         "best": run.best,
         "best_step": run.best_step,
         "reader": run.covered,
+        "remembered": remembered(run.config),
         "lake": run.lake.setting("id"),
         **run.learning.state_dict(),
     }
@@ -466,11 +467,9 @@ def check(config: Config) -> None:
     """Refuse a device that is not there, and a cap smaller than what must be in flight, with the sum."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch finds no GPU; for a CPU: python distill_hear_vit_s_canon2d.py demo")
-    if not (config.lake / "ledger.sqlite").exists():
-        return
-    lake = Lake.open(config.lake)
-    refuse_small_cap(lake, config.open_shards, max(config.save_every, config.largest_batch()), config.target_clips)
-    lake.close()
+    if (config.lake / "ledger.sqlite").exists():
+        interval = max(config.save_every, config.largest_batch())
+        refuse_small_cap(Lake.open(config.lake), config.open_shards, interval, config.target_clips)
 
 
 def main(config: Config) -> None:
@@ -481,10 +480,8 @@ def main(config: Config) -> None:
         run = open_run(config)
         try:
             reason = train(run, stop)
-        except UserError:
-            raise
-        except Exception:
-            if run.is_whole and run.learning.step:  # whatever broke, the steps before it are good
+        except Exception as e:
+            if not isinstance(e, UserError) and run.is_whole:  # whatever broke, the steps before it are good
                 save(run)
             raise
         finally:
@@ -498,10 +495,5 @@ def main(config: Config) -> None:
     )
 
 
-def plot(config: Config) -> None:
-    """`plot`: draw the curves of the run in --out, also while it goes on."""
-    draw_curves(config.out)
-
-
 if __name__ == "__main__":
-    cli.run(main, PRESETS, __doc__, actions={"plot": plot}, check=check)
+    cli.run(main, PRESETS, __doc__, actions={"plot": lambda config: draw_curves(config.out)}, check=check)

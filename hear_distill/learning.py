@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hear_distill.noise_scale import ChunkGradients, squared_norms
 from hear_distill.objective import ClipId, Learner, LossConfig, Losses, Objective, Targets
-from hear_distill.pace import Pace
+from hear_distill.pace import Pace, is_passed
 from hear_distill.schedule import Plan
 from hear_distill.student import Student, StudentConfig
 from hear_distill.targets import fold
@@ -68,7 +68,7 @@ def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> Tenso
 
 
 class Learning:
-    """Learner, average of its weights, optimiser, targets and pace. `objective` must be set before the first step."""
+    """Learner, average of its weights, optimiser, targets and pace. A new one needs `start_with` before its steps."""
 
     def __init__(
         self, teacher: Teacher, model: StudentConfig, loss: LossConfig, pace: Pace, weight_decay: float, seed: int
@@ -89,6 +89,15 @@ class Learning:
     def is_done(self) -> bool:
         """Whether all clips of the schedule were seen."""
         return self.samples >= self.pace.control.schedule.total_samples
+
+    def has_passed(self, every: int) -> bool:
+        """Whether the last step passed a multiple of `every` clips, or is the last of all."""
+        return self.is_done() or is_passed(self.samples - self.batch_size(), self.samples, every)
+
+    def start_with(self, state: dict[str, Any]) -> None:
+        """Take the targets that `measure` found in the first clips of the run."""
+        self.objective = Objective(self.teacher, self.loss, state, self.device)
+        print(f"the targets are standardised by {len(state['known'])} clips")
 
     def begin_step(self) -> Plan:
         """What this step shall be; forgets the chunks of one that was broken off."""
@@ -176,7 +185,6 @@ class Learning:
             "step": self.step,
             "samples": self.samples,
             "student_config": asdict(self.model),
-            "loss_config": asdict(self.loss),
             "teacher_revision": self.teacher.revision,
             "student": ema | {f"projection.{name}": value for name, value in folded.items()},
             "objective": self.objective.state_dict(),

@@ -294,7 +294,7 @@ STAGE_MISTAKES = {
         "warmup_samples 160 + decay_samples 640 exceed total_samples 799",
     ),
     "trainer, impossible model": (TRAINER, ["--model.heads", "5"], "width 384 and heads 5"),
-    "trainer, one chunk": (TRAINER, ["--chunks", "1"], "--chunks must be at least 2"),
+    "trainer, one chunk": (TRAINER, ["--chunks", "1"], "--chunks and --target-clips must be at least 2"),
     "trainer, short critical warm-up": (TRAINER, ["demo", "--warmup", "critical"], "at least 256, got 160"),
     "trainer, nothing to plot": (TRAINER, ["plot"], "no run in runs/hear-vit-s"),
     "trainer, missing value": (TRAINER, ["--out"], "--out"),

@@ -189,8 +189,9 @@ def use_the_real_trainer(house: House) -> None:
     """Flags for a student and a teacher that two busy cores can train."""
     teacher = save_stand_in(house.root / "teacher", seed=0)
     house.train_args = (
-        f"--device cpu --teacher {teacher} --steps 1000 --batch-size 4 --open-shards 2 --save-every 2 --log-every 1"
-        " --warmup-steps 0 --decay-steps 0 --model.width 24 --model.heads 2 --model.blocks 1 --model.mlp-width 24"
+        f"--device cpu --teacher {teacher} --chunk-size 2 --target-clips 8 --open-shards 2 --save-every 8"
+        " --log-every 4 --schedule.total-samples 4000 --schedule.warmup-samples 0 --schedule.decay-samples 0"
+        " --model.width 24 --model.heads 2 --model.blocks 1 --model.mlp-width 24"
     )
 
 

@@ -18,7 +18,7 @@ from transformers import ViTConfig, ViTModel
 
 from hear_distill.frontend import MelPcen
 from hear_distill.student import Student, StudentConfig
-from hear_distill.teacher import HEAR_CONFIG, TeacherError, load_teacher, random_teacher, save_stand_in
+from hear_distill.teacher import HEAR_CONFIG, TeacherError, load_teacher, random_teacher, save_stand_in, to_bfloat16
 
 SMALLEST = HEAR_CONFIG | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -429,3 +429,20 @@ def test_a_failure_at_the_hub_is_explained(answers, question, message):
 
 def test_the_token_is_in_no_message(answers):
     assert TOKEN not in json.dumps(answers)
+
+
+def test_bfloat16_is_taken_where_it_agrees_and_refused_with_the_flag_where_it_does_not(tmp_path, monkeypatch):
+    folder = save_stand_in(tmp_path / "teacher", seed=0)
+    images = torch.rand(6, 1, 192, 128, generator=torch.Generator().manual_seed(0)).cumsum(dim=2)
+    teacher = load_teacher(folder)
+    exact = teacher(images)
+    monkeypatch.setattr("hear_distill.teacher.MIN_COSINE", 0.9)
+    to_bfloat16(teacher, images)
+    assert teacher(images).dtype == teacher.embed_with_patches(images)[1].dtype == torch.bfloat16
+    away = (teacher(images).float() - exact).norm() / (exact - exact.mean(dim=0)).norm()
+    assert 1e-4 < away < 0.5
+    monkeypatch.setattr("hear_distill.teacher.MIN_COSINE", 0.9999999)
+    with pytest.raises(TeacherError, match="--teacher-precision fp32"):
+        to_bfloat16(load_teacher(folder), images)
+    with pytest.raises(TeacherError, match="found 1"):
+        to_bfloat16(load_teacher(folder), images[:1])
