@@ -2,7 +2,7 @@
 
 in:   the shards of a lake (from stream_laion_audio_clips.py, kept coming by datalake/run_lake.py); HeAR, frozen
 out:  <out>/{config.json, latest.pt, previous.pt, best.pt, metrics.jsonl, tensorboard/, progress.json, loss.png, lock}
-cost: on a GPU not measured; the demo COST s on two cores, streamers included
+cost: on a GPU not measured; the demo about a minute on two cores, streamers included
 
     python distill_hear_vit_s_canon2d.py --lake lake        # the recommended run, on a GPU
     python distill_hear_vit_s_canon2d.py paper              # the published losses, weights and batch

@@ -64,3 +64,12 @@ def training(tmp_path, full_lake, teacher):
         return Training(tmp_path / "run", tmp_path / "lake", teacher).but(**flags)
 
     return begin
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory, full_lake, teacher):
+    """A run that nothing disturbed, until the lake was drained, and how it ended."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    shutil.copytree(full_lake, folder / "lake")
+    whole = Training(folder / "run", folder / "lake", teacher, is_drawn=True)
+    return whole, whole.run()

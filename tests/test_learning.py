@@ -240,4 +240,8 @@ def test_the_noise_is_measured_under_every_controller_and_seen_by_it_at_log_poin
     assert pace.plan(10) == before
     values = pace.look()
     assert values["noise_batch"] == pytest.approx(64, rel=0.3)
-    assert pace.noise_batch == values["noise_batch"]
+    resumed = Pace(control, controller, False, CPU)
+    resumed.load_state_dict(pace.state_dict())
+    assert resumed.noise_batch == pace.noise_batch == values["noise_batch"]
+    assert resumed.plan(20) == pace.plan(20)
+    assert resumed.state_dict()["controller"] == pace.state_dict()["controller"]

@@ -10,7 +10,6 @@ import json
 import math
 import multiprocessing
 import random
-import shutil
 import signal
 import time
 from collections import Counter
@@ -40,15 +39,6 @@ def nothing_goes_on_after_the_test():
     for process in multiprocessing.active_children():
         process.kill()
         process.join()
-
-
-@pytest.fixture(scope="session")
-def unbroken(tmp_path_factory, full_lake, teacher):
-    """A run that nothing disturbed, until the lake was drained, and how it ended."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    shutil.copytree(full_lake, folder / "lake")
-    whole = Training(folder / "run", folder / "lake", teacher, is_drawn=True)
-    return whole, whole.run()
 
 
 def story_of(run: Path) -> list[dict]:
