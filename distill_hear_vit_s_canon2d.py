@@ -2,47 +2,58 @@
 
 in:   the shards of a lake (from stream_laion_audio_clips.py, kept coming by datalake/run_lake.py); HeAR, frozen
 out:  <out>/{config.json, latest.pt, previous.pt, best.pt, metrics.jsonl, tensorboard/, progress.json, loss.png, lock}
-cost: on a GPU not measured; the demo 82 s on two cores, streamers included
+cost: on a GPU not measured; the demo about a minute on two cores, streamers included
 
     python distill_hear_vit_s_canon2d.py --lake lake        # the recommended run, on a GPU
     python distill_hear_vit_s_canon2d.py paper              # the published losses, weights and batch
     python distill_hear_vit_s_canon2d.py demo               # CPU, minutes, no network
+    python distill_hear_vit_s_canon2d.py plot --out RUN     # draw the curves of a run, also of one that is going on
 
-B clips in a batch   n clips of a validation set   E = 512 HeAR embedding
+A step adds up the gradients of some equal chunks of clips; the noise between them is measured. "Samples" are clips.
+
+B clips of a chunk   n clips of a sample or a validation set   E = 512 HeAR embedding
 """
 
 import dataclasses
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
+from torch import Tensor
 
 from hear_distill import checkpoint, cli, demo
-from hear_distill.data import Batch, Drawing, LakeReader, ordinary_memory, read_validation
-from hear_distill.files import UserError, gib
+from hear_distill.augment import cut_short
+from hear_distill.critical_lr import NUM_KEPT
+from hear_distill.data import Batch, Drawing, LakeReader, ordinary_memory
+from hear_distill.files import UserError
 from hear_distill.frontend import MelPcen
+from hear_distill.journal import Journal
 from hear_distill.lake import Lake
+from hear_distill.learning import Learning
 from hear_distill.locks import Owner, alone
-from hear_distill.losses import LossWeights, agreement, distill_loss
-from hear_distill.plots import draw_losses
-from hear_distill.runlog import Heartbeat, Metrics, StopRequest, write_config
-from hear_distill.schema import ANCHOR, RECENT
-from hear_distill.shards import shard_bytes
-from hear_distill.student import SIZES, Student, StudentConfig
-from hear_distill.teacher import Teacher, load_teacher
+from hear_distill.objective import ClipId, LossConfig, measure
+from hear_distill.pace import ControllerName, Pace
+from hear_distill.plots import draw_curves
+from hear_distill.room import refuse_small_cap
+from hear_distill.runlog import StopRequest, write_config
+from hear_distill.sample import first_clips, has_sample, num_ready
+from hear_distill.schedule import Control, Schedule
+from hear_distill.student import SIZES, StudentConfig
+from hear_distill.teacher import load_teacher, to_bfloat16
+from hear_distill.validation import Validation
 
-PUBLISHED_WEIGHTS = LossWeights()
+BEST_LOSS = LossConfig(patch=0.5, weighting="balanced")
+BEST_SCHEDULE = Schedule(warmup_samples=256_000, decay_samples=5_120_000)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Flags of the trainer. --out remembers the model; the rest may change when a run is resumed."""
+    """Flags of the trainer. --out remembers model, loss, --seed and --pad-share; the rest may change in between."""
 
     lake: Path = Path("lake")
     """the lake to train from"""
@@ -55,78 +66,103 @@ class Config:
     """hub id or local folder of HeAR"""
     teacher_revision: str | None = None
     """commit of the teacher on the hub; none = the newest, resolved once and written to config.json"""
+    teacher_precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """of its weights; bf16 is checked against fp32 at the start; auto: bf16 on a GPU, fp32 on a CPU"""
+    target_clips: int = 16_384
+    """first clips of a run, embedded once for the statistics of the targets and the queue, then trained on"""
     device: Literal["cuda", "cpu"] = "cuda"
     """cpu is for the demo and for debugging"""
-    steps: int = 50_000
-    """optimiser steps of the whole run"""
-    batch_size: int = 512
-    """clips in one step"""
-    lr: float = 5e-4
-    """peak learning rate of AdamW"""
-    warmup_steps: int = 500
-    """steps from zero to the peak"""
-    decay_steps: int = 10_000
-    """steps from the peak to zero, at the end"""
+    chunk_size: int = 256
+    """clips in one backward pass"""
+    chunks: int = 2
+    """chunks in one step, at first; two or more, so that the noise of the gradient can be measured"""
+    controller: ControllerName = "off"
+    """what moves rate and batch beside the schedule: ema-batch (published: the rate falls as the noise grows), batch
+    (the batch follows the noise), seesaw (half of the decay becomes batch)"""
+    warmup: Literal["linear", "critical"] = "linear"
+    """critical: replace --schedule.peak by what is measured in the warm-up, and keep the rate stable afterwards"""
     weight_decay: float = 0.05
     """of matrices; norms, biases and Canon kernels have none"""
+    pad_share: float = 0.15
+    """share of clips that are cut to 0.3 to 2 s and padded with zeros, as short events are"""
     open_shards: int = 8
     """shards that a batch is drawn from"""
     consume: Literal["once", "reuse"] = "once"
     """once: each clip is trained on once, then its shard goes; reuse: shards are kept, pass after pass, until the lake
     wants room for new ones (for small sources, and for one trainer on a lake)"""
-    save_every: int = 200
-    """steps between checkpoints, each with a validation; the lake must hold the clips of two such intervals"""
-    log_every: int = 20
-    """steps between log lines"""
+    save_every: int = 102_400
+    """clips between checkpoints, each with a validation; the lake must hold two such intervals"""
+    log_every: int = 10_240
+    """clips between log lines"""
     seed: int = 0
-    """of the initial weights and of the order of the clips"""
+    """of the initial weights, of the order of the clips and of their cuts"""
     model: StudentConfig = SIZES["small"]
-    loss: LossWeights = PUBLISHED_WEIGHTS
+    loss: LossConfig = BEST_LOSS
+    schedule: Schedule = BEST_SCHEDULE
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.batch_size, self.open_shards, self.save_every, self.log_every) < 1:
-            raise ValueError("--steps, --batch-size, --open-shards, --save-every and --log-every must be at least 1")
-        if self.batch_size < 2:
-            raise ValueError("--batch-size must be at least 2: two of the three losses compare clips with each other")
-        if not 0 <= self.warmup_steps + self.decay_steps <= self.steps:
-            raise ValueError(
-                f"--warmup-steps {self.warmup_steps} + --decay-steps {self.decay_steps} exceed --steps {self.steps}"
-            )
+        if min(self.open_shards, self.save_every, self.log_every) < 1:
+            raise ValueError("--open-shards, --save-every and --log-every must be at least 1")
+        if min(self.chunk_size, self.chunks, self.target_clips) < 2:
+            raise ValueError("--chunk-size, --chunks and --target-clips must be at least 2: they are compared")
+        if not 0 <= self.pad_share <= 1:
+            raise ValueError(f"--pad-share must be between 0 and 1, got {self.pad_share}")
         if self.save_every % self.log_every:
             raise ValueError(f"--save-every {self.save_every} must be a multiple of --log-every {self.log_every}")
+        if self.warmup == "critical" and self.schedule.warmup_samples < NUM_KEPT * self.batch_size():
+            raise ValueError(
+                f"--warmup critical looks {NUM_KEPT} times in the warm-up, so --schedule.warmup-samples must be at "
+                f"least {NUM_KEPT * self.batch_size()}, got {self.schedule.warmup_samples}"
+            )
 
-    def lr_at(self, step: int) -> float:
-        """Learning rate of optimiser step `step`, 0-based: warm up, hold, decay to zero."""
-        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
-        cool = min(1.0, (self.steps - step) / max(1, self.decay_steps))
-        return self.lr * warm * cool
+    def batch_size(self) -> int:
+        """Clips of the first step, and of all unless a controller changes it."""
+        return self.chunk_size * self.chunks
+
+    def largest_batch(self) -> int:
+        """Clips of the largest step that the controller may ask for."""
+        return self.batch_size() * (MAX_GROWTH if self.controller in ("batch", "seesaw") else 1)
+
+    def control(self) -> Control:
+        """What the controller starts from; the noise that it looks at is new at each log point only."""
+        return Control(
+            schedule=self.schedule,
+            chunk_samples=self.chunk_size,
+            base_chunks=self.chunks,
+            max_chunks=MAX_GROWTH * self.chunks,
+            check_samples=max(Control.check_samples, self.log_every),
+        )
 
 
 PRESETS = {
     "best": Config(),
-    # The published rate follows the gradient noise; until noise_scale.py exists, this preset holds it constant.
     "paper": Config(
-        out=Path("runs/paper"), steps=200_000, batch_size=128, lr=3e-4, warmup_steps=0, decay_steps=0, save_every=1000
+        out=Path("runs/paper"),
+        chunk_size=64,
+        controller="ema-batch",
+        pad_share=0.0,
+        save_every=128_000,
+        log_every=2_560,
+        loss=LossConfig(negatives="batch"),
+        schedule=Schedule(shape="constant", peak=3e-4),
     ),
     "demo": Config(
         lake=demo.DEMO / "lake",
         out=demo.DEMO / "run",
         teacher=str(demo.TEACHER),
+        target_clips=256,
         device="cpu",
-        steps=200,
-        batch_size=16,
-        lr=2e-3,
-        warmup_steps=10,
-        decay_steps=40,
+        chunk_size=8,
         open_shards=4,
-        save_every=20,
-        log_every=5,
+        save_every=320,
+        log_every=80,
         model=StudentConfig(width=96, blocks=4, heads=3, mlp_width=384),
+        schedule=Schedule(peak=2e-3, total_samples=3200, warmup_samples=160, decay_samples=640),
     ),
 }
-BETAS = (0.9, 0.98)  # of AdamW; the second below PyTorch's 0.999, whose memory of a thousand steps lags in a short run
-MAX_GRAD_NORM = 1.0
+MAX_GROWTH = 16  # of the batch, by a controller
 MAX_SKIPPED_IN_A_ROW = 3  # non-finite gradients; one can be bad luck, three are a diverged run
+PRECISION_CLIPS = 256  # of the anchor, on which bfloat16 is checked
 WAIT_S = 0.2
 SAY_STARVED_EVERY_S = 60.0
 
@@ -137,108 +173,93 @@ class Run:
 
     config: Config
     id: str
-    step: int
-    best: float
-    """lowest validation MSE so far"""
-    best_step: int
-    """where that was"""
-    teacher: Teacher
-    student: Student
+    learning: Learning
+    validation: Validation
     frontend: MelPcen
-    optimizer: torch.optim.Optimizer
     lake: Lake
     owner: Owner
     reader: LakeReader
-    metrics: Metrics
-    board: SummaryWriter
-    heartbeat: Heartbeat
-    anchor: np.ndarray
-    """[n, 32000] int16, read once: it never changes"""
-    skipped: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """scalar, on the device: steps whose gradient was not finite"""
-    logged: dict[str, float] = field(default_factory=dict)
-    """the values of the last log point, for the heartbeat"""
+    journal: Journal
+    best: float = float("inf")
+    """lowest validation MSE so far, and its step"""
+    best_step: int = 0
+    covered: dict[str, Any] = field(default_factory=dict)
+    """state of the reader after the last whole step"""
+    num_pending: int = 0
+    """clips that were handed out for a step that is not whole yet"""
+    is_whole: bool = False
+    """whether all parts of the state belong to the same step"""
     timed_from: tuple[int, float] = (0, 0.0)
-    """the step, and the monotonic time, from which clips per second are counted"""
-    turns: int = 0
-    """of the loop, waiting ones too: what the supervisor watches"""
+    """the samples, and the monotonic time, from which clips per second are counted"""
     waited_s: float = 0.0
     """for data, since this process began"""
+    say_at: float = 0.0
+    """monotonic time of the next line about waiting"""
     saves_here: int = 0
     """checkpoints made at the present step"""
     fetched: torch.cuda.Event | None = None
     """when the GPU has the last batch, whose buffer the reader may then fill anew"""
 
 
-def make_optimizer(student: Student, config: Config) -> torch.optim.AdamW:
-    """AdamW that decays matrices only; a decayed Canon kernel would be drawn towards doing nothing."""
-    decayed = [p for name, p in student.named_parameters() if p.ndim == 2 and "canon" not in name]
-    others = [p for name, p in student.named_parameters() if p.ndim != 2 or "canon" in name]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=True)
+def remembered(config: Config) -> dict[str, dict[str, Any]]:
+    """What must not change in the life of a run, by what it belongs to."""
+    run = {"seed": config.seed, "pad_share": config.pad_share}
+    return {"student": dataclasses.asdict(config.model), "loss": dataclasses.asdict(config.loss), "run": run}
+
+
+def refuse_another(config: Config, state: dict[str, Any], lake: Lake) -> None:
+    """Raise UserError unless the run in --out may go on, and with this model, this loss and this lake."""
+    if config.resume == "never":
+        raise UserError(f"{config.out} holds a run, and --resume never; choose another --out")
+    asked = remembered(config)
+    for what, kept in state["remembered"].items():
+        differing = [name for name in asked[what] if kept.get(name) != asked[what][name]]
+        if differing:
+            raise UserError(f"{config.out} holds a {what} with another {', '.join(differing)}; choose another --out")
+    if state["lake"] != lake.setting("id"):
+        raise UserError(
+            f"{config.out} learned from another lake than {config.lake}, whose shard numbers mean other clips; "
+            f"name that lake with --lake, or choose another --out"
+        )
 
 
 def open_run(config: Config) -> Run:
     """Begin a run, or take it up where its newest whole checkpoint left it."""
     device = torch.device(config.device)
     lake = Lake.open(config.lake)
-    found = checkpoint.load_newest(config.out)
-    if found and config.resume == "never":
-        raise UserError(f"{config.out} holds a run, and --resume never; choose another --out")
-    beginning = {"run": uuid.uuid4().hex, "step": 0, "best": float("inf"), "best_step": 0, "skipped_steps": 0}
-    state: dict[str, Any] = found[0] if found else beginning
-    model = dataclasses.asdict(config.model)
-    if found and state["student_config"] != model:
-        differing = [name for name in model if state["student_config"].get(name) != model[name]]
-        raise UserError(f"{config.out} holds a student with another {', '.join(differing)}; choose another --out")
-
-    if found and state["lake"] != lake.setting("id"):
-        raise UserError(
-            f"{config.out} learned from another lake than {config.lake}, whose shard numbers mean other clips; "
-            f"name that lake with --lake, or choose another --out"
-        )
-    teacher = load_teacher(
-        config.teacher, revision=config.teacher_revision or state.get("teacher_revision"), device=device
-    )
-    if found and teacher.revision != state["teacher_revision"]:
+    state, path = checkpoint.load_newest(config.out) or (None, None)
+    if state:
+        refuse_another(config, state, lake)
+    revision = config.teacher_revision or (state["teacher_revision"] if state else None)
+    teacher = load_teacher(config.teacher, revision=revision, device=device)
+    if state and teacher.revision != state["teacher_revision"]:
         raise UserError(f"{config.out} learned from another teacher, {state['teacher_revision']}; choose another --out")
-    torch.manual_seed(config.seed)
-    student = Student(config.model).to(device)
-    optimizer = make_optimizer(student, config)
-    if found:
-        student.load_state_dict(state["student"])
-        optimizer.load_state_dict(state["optimizer"])
-        print(f"resuming {config.out} at step {state['step']} of {config.steps}")
-        if state["best_step"] == state["step"] and found[1].name == checkpoint.LATEST:
-            checkpoint.keep_as_best(config.out)  # a kill may have come between the two names
-    write_config(
-        config.out, config, teacher_revision=teacher.revision, run_id=state["run"], is_stand_in=teacher.is_stand_in
-    )
+    run_id = state["run"] if state else uuid.uuid4().hex
+    write_config(config.out, config, teacher_revision=teacher.revision, run_id=run_id, is_stand_in=teacher.is_stand_in)
 
-    owner = Owner(lake.root, "train")
-    allocate = pinned_memory if config.device == "cuda" else ordinary_memory
+    pace = Pace(config.control(), config.controller, config.warmup == "critical", device)
+    learning = Learning(teacher, config.model, config.loss, pace, config.weight_decay, config.seed)
+    if state:
+        learning.load_state_dict(state)
+        print(f"resuming {config.out} at step {learning.step}, {learning.samples} clips")
+        if state["best_step"] == learning.step and path.name == checkpoint.LATEST:
+            checkpoint.keep_as_best(config.out)  # a kill may have come between the two names
+    if config.device == "cuda":
+        learning.learner.compile(dynamic=False)
+        teacher.model.compile(dynamic=False)
+
+    owner, frontend = Owner(lake.root, "train"), MelPcen().to(device)
     drawing = Drawing(
-        **{"run": state["run"], "seed": config.seed, "num_open": config.open_shards},
-        **{"batch_size": config.batch_size, "reuse": config.consume == "reuse"},
+        **{"run": run_id, "seed": config.seed, "num_open": config.open_shards},
+        **{"batch_size": config.chunk_size, "reuse": config.consume == "reuse"},
     )
+    allocate = pinned_memory if config.device == "cuda" else ordinary_memory
     return Run(
-        config=config,
-        id=state["run"],
-        step=state["step"],
-        best=state["best"],
-        best_step=state["best_step"],
-        teacher=teacher,
-        student=student,
-        frontend=MelPcen().to(device),
-        optimizer=optimizer,
-        lake=lake,
-        owner=owner,
-        reader=LakeReader(lake, owner, drawing, state.get("reader"), allocate),
-        metrics=Metrics(config.out, last_step=state["step"]),
-        board=SummaryWriter(config.out / "tensorboard", purge_step=state["step"] + 1),
-        heartbeat=Heartbeat(config.out / "progress.json", "train"),
-        anchor=np.empty((0, 0), np.int16),
-        skipped=torch.tensor(float(state["skipped_steps"]), device=device),
+        **{"config": config, "id": run_id, "learning": learning, "lake": lake, "owner": owner, "frontend": frontend},
+        validation=Validation(lake, teacher, frontend, device),
+        reader=LakeReader(lake, owner, drawing, state["reader"] if state else None, allocate),
+        journal=Journal(config.out, learning.step),
+        **({name: state[name] for name in ("best", "best_step")} if state else {}),
     )
 
 
@@ -247,101 +268,129 @@ def pinned_memory(shape: tuple[int, int]) -> np.ndarray:
     return torch.empty(shape, dtype=torch.int16, pin_memory=True).numpy()
 
 
-def spectrogram_of(run: Run, samples: np.ndarray) -> Tensor:
-    """[B, 32000] int16 -> [B, 1, 192, 128]; int16 crosses the bus, the front end runs on the device."""
+def begin(run: Run, stop: StopRequest) -> bool:
+    """What comes before the first step: the teacher's precision and, in a new run, a look at the first clips.
+
+    Returns False if asked to stop before that was done, or if there are no clips.
+    """
+    config, learning = run.config, run.learning
+    is_new = learning.objective is None
+    while is_new and not has_sample(run.lake, config.target_clips) and not stop:
+        wait(run, stop, f"{config.target_clips} clips for --target-clips are not ready")
+    if stop or (is_new and num_ready(run.lake) < 2):
+        return False
+    if config.teacher_precision == "bf16" or (config.teacher_precision == "auto" and config.device == "cuda"):
+        to_bfloat16(learning.teacher, run.validation.anchor_part(PRECISION_CLIPS))
+    if config.warmup == "critical":
+        learning.held_out = run.validation.anchor_part(config.chunk_size)
+    if is_new:
+        clips = first_clips(run.lake, config.target_clips, config.chunk_size)
+        sample = ((ids, spectrogram_of(run, samples, ids)) for ids, samples in clips)
+        learning.start_with(measure(learning.teacher, config.loss, sample, config.seed))
+    run.covered, run.is_whole = run.reader.state(), True
+    return True
+
+
+def spectrogram_of(run: Run, samples: np.ndarray, ids: Sequence[ClipId]) -> Tensor:
+    """[B, 32000] int16 -> [B, 1, 192, 128]; int16 crosses the bus, the rest happens on the device."""
     audio = torch.from_numpy(samples).to(run.config.device, non_blocking=True)  # [B, 32000] int16
     run.fetched = torch.cuda.current_stream().record_event() if audio.is_cuda else None
-    return run.frontend(audio.float() / 32768)
-
-
-def losses_of(run: Run, spectrogram: Tensor) -> dict[str, Tensor]:
-    """[B, 1, 192, 128] -> the terms of the loss, and `loss`, their weighted sum."""
-    with torch.no_grad():
-        target = run.teacher(spectrogram)  # [B, E]
-    predicted = run.student.project(run.student(spectrogram))  # [B, E]
-    return distill_loss(predicted.float(), target.float(), run.config.loss)
-
-
-def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> Tensor:
-    """One optimiser step, unless the gradient is not finite; decided on the device, so nothing waits for it.
-
-    A fused AdamW leaves parameters and moments alone where `found_inf` is 1. Returns that number.
-    """
-    is_bad = (~torch.isfinite(grad_norm)).float()
-    optimizer.found_inf = is_bad
-    optimizer.step()
-    return is_bad
+    audio, _ = cut_short(audio.float() / 32768, ids, seed=run.config.seed, share=run.config.pad_share)
+    return run.frontend(audio)
 
 
 def train(run: Run, stop: StopRequest) -> str:
     """The loop. Returns why it ended, for people."""
-    config = run.config
-    skipped_in_a_row, longest = torch.zeros(2, device=config.device)
-    run.timed_from = (run.step, time.monotonic())
-    while run.step < config.steps:
-        batch = next_batch(run, stop)
-        if batch is None:
-            return leave(run, stop)
-        for group in run.optimizer.param_groups:
-            group["lr"] = config.lr_at(run.step)
+    config, learning = run.config, run.learning
+    if not begin(run, stop):
+        return leave(run, stop)
+    run.timed_from = (learning.samples, time.monotonic())
+    while not learning.is_done():
+        for _ in range(learning.begin_step().num_chunks):
+            batch = next_batch(run, stop)
+            if batch is None:
+                return leave(run, stop)
+            learn_from(run, batch)
+        terms = finish_step(run)
 
-        terms = losses_of(run, spectrogram_of(run, batch.samples))
-        terms["loss"].backward()
-        terms = {name: term.detach() for name, term in terms.items()}
-        terms["grad_norm"] = nn.utils.clip_grad_norm_(run.student.parameters(), MAX_GRAD_NORM)
-        is_bad = step_if_finite(run.optimizer, terms["grad_norm"])
-        run.skipped, skipped_in_a_row = run.skipped + is_bad, (skipped_in_a_row + 1) * is_bad
-        longest = torch.maximum(longest, skipped_in_a_row)
-        run.optimizer.zero_grad(set_to_none=True)
-        run.reader.mark_trained(batch.ids)
-        run.step, run.saves_here = run.step + 1, 0
-
-        if run.step % config.log_every == 0 or run.step == config.steps:
-            stop_if_diverged(run, int(longest))  # waits for the device to finish the step
-            longest = torch.zeros_like(longest)
+        if learning.has_passed(config.log_every):
+            stop_if_diverged(run)  # waits for the device to finish the step
             log_step(run, terms)
-        if run.step % config.save_every == 0 or run.step == config.steps:
+        if learning.has_passed(config.save_every):
             validate_and_save(run)
-            run.timed_from = (run.step, time.monotonic())
-    return "all steps are done"
+            run.timed_from = (learning.samples, time.monotonic())
+    return "all clips are done"
+
+
+def learn_from(run: Run, batch: Batch) -> None:
+    """One chunk of a step."""
+    run.learning.add(spectrogram_of(run, batch.samples, batch.ids), batch.ids)
+    run.num_pending += len(batch.ids)
+
+
+def finish_step(run: Run) -> dict[str, Tensor]:
+    """The optimiser step of the chunks, and the book of their clips. Returns the terms of the loss."""
+    run.is_whole = False
+    terms = run.learning.finish_step()
+    run.reader.mark_trained(run.learning.ids())
+    run.covered, run.num_pending, run.saves_here = run.reader.state(), 0, 0
+    run.is_whole = True
+    return terms
 
 
 def leave(run: Run, stop: StopRequest) -> str:
     """Save before the last step. Returns why, for people; raises UserError if there was nothing to learn from."""
-    num_unread = run.reader.num_unread()
     if stop:
-        save(run)
+        if run.is_whole:
+            save(run)
         return "asked to stop"
-    if run.step == 0:
+    num_left = run.reader.num_unread() + run.num_pending
+    if run.learning.step == 0:
         raise UserError(
-            f"the source has ended with {num_unread} clips to train on, less than a batch of {run.config.batch_size}; "
-            f"lower --batch-size, or make another lake with more sound, or with smaller validation sets (--val-clips)"
+            f"the source has ended with {num_left} clips to train on, less than a batch of {run.config.batch_size()}; "
+            f"lower --chunk-size, or make another lake with more sound, or with smaller validation sets (--val-clips)"
         )
     validate_and_save(run)
-    return f"the lake is drained, {num_unread} clips are left over"
+    return f"the lake is drained, {num_left} clips are left over"
 
 
 def next_batch(run: Run, stop: StopRequest) -> Batch | None:
-    """The next batch. Waits while the lake is starved; None when it is drained or we should stop."""
+    """The next chunk. Waits while the lake is starved; None when it is drained or we should stop.
+
+    A step that has begun is finished first if there is data for it.
+    """
     if run.fetched:
-        run.fetched.synchronize()  # it is at the last step then, so it has work while we prepare the next
-    begin, say_at = time.monotonic(), time.monotonic() + SAY_STARVED_EVERY_S
-    while not stop:
-        run.turns += 1
+        run.fetched.synchronize()  # it is at the last chunk then, so it has work while we prepare the next
+    began = time.monotonic()
+    batch = None
+    while batch is None and not (stop and not run.num_pending):
         batch = run.reader.next_batch()
-        is_waiting = batch is None
-        run.heartbeat.beat(run.turns, **run.logged, step=run.step, steps=run.config.steps, is_waiting=is_waiting)
-        if not is_waiting or run.reader.is_drained():
-            return batch
-        run.reader.report()
-        free_room_if_blocked(run)
-        if time.monotonic() > say_at:
-            print(f"waiting for data: no shard is ready in {run.config.lake}; is datalake/run_lake.py running?")
-            say_at += SAY_STARVED_EVERY_S
-        stop.wait(WAIT_S)
-        run.waited_s += time.monotonic() - begin
-        begin = time.monotonic()
-    return None
+        if batch is None and (stop or run.reader.is_drained()):
+            break
+        if batch is None:
+            wait(run, stop, "no shard is ready")
+    run.waited_s += time.monotonic() - began
+    beat(run, is_waiting=False)
+    return batch
+
+
+def wait(run: Run, stop: StopRequest, reason: str) -> None:
+    """A moment without data."""
+    beat(run, is_waiting=True)
+    run.reader.report()
+    free_room_if_blocked(run)
+    if time.monotonic() > run.say_at:
+        print(f"waiting for data: {reason} in {run.config.lake}; is datalake/run_lake.py running?")
+        run.say_at = time.monotonic() + SAY_STARVED_EVERY_S
+    stop.wait(WAIT_S)
+
+
+def beat(run: Run, is_waiting: bool) -> None:
+    """Tell the supervisor how far we are. Steps still to come are counted at the first batch."""
+    learning = run.learning
+    missing = run.config.schedule.total_samples - learning.samples
+    steps = learning.step + max(0, -(-missing // run.config.batch_size()))
+    run.journal.beat(step=learning.step, steps=steps, is_waiting=is_waiting)
 
 
 def free_room_if_blocked(run: Run) -> None:
@@ -354,94 +403,58 @@ def free_room_if_blocked(run: Run) -> None:
         save(run)
 
 
-def floats(terms: dict[str, Tensor]) -> dict[str, float]:
-    """Wait for the device and fetch every term."""
-    return {name: float(term) for name, term in terms.items()}
-
-
-def stop_if_diverged(run: Run, num_bad: int) -> None:
+def stop_if_diverged(run: Run) -> None:
     """Raise UserError, naming the last good checkpoint, if too many gradients in a row were not finite."""
+    num_bad = run.learning.watch.take_longest()
     if num_bad >= MAX_SKIPPED_IN_A_ROW:
         latest = run.config.out / checkpoint.LATEST
         resume = f"the last good checkpoint is {latest}: " if latest.exists() else ""
         raise UserError(
-            f"{num_bad} gradients in a row before step {run.step} were not finite, expected finite ones; "
-            f"{resume}run again with a lower --lr"
+            f"{num_bad} gradients in a row before step {run.learning.step} were not finite, expected finite ones; "
+            f"{resume}run again with a lower --schedule.peak"
         )
 
 
 def log_step(run: Run, terms: dict[str, Tensor]) -> None:
     """What the last step was like, and how fast the steps since the last log point or save were."""
-    step, began = run.timed_from
-    run.timed_from = (run.step, time.monotonic())
-    run.logged = {
-        **floats(terms),
-        "skipped_steps": float(run.skipped),
-        "lr": run.config.lr_at(run.step - 1),
-        "clips_per_s": (run.step - step) * run.config.batch_size / (time.monotonic() - began),
+    learning, now, (samples, began) = run.learning, time.monotonic(), run.timed_from
+    run.timed_from = (learning.samples, now)
+    values = {
+        "samples": learning.samples,
+        **{name: float(term) for name, term in terms.items()},
+        **learning.watch.counts(),
+        **learning.pace.look(),
+        "lr": learning.plan.rate,
+        "batch_size": learning.batch_size(),
+        "clips_per_s": (learning.samples - samples) / (now - began),
         "waited_s": run.waited_s,
     }
-    log(run, **run.logged)
+    run.journal.log_step(learning.step, values)
     run.reader.report()
-
-
-def log(run: Run, **values: float) -> None:
-    """One line for programs, the same numbers for TensorBoard, and a short line for people."""
-    run.metrics.log(run.step, **values)
-    for name, value in values.items():
-        run.board.add_scalar(name, value, run.step)
-    print(f"step {run.step}/{run.config.steps}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
 
 def validate_and_save(run: Run) -> None:
     """Validation on both held-out sets, then a checkpoint, kept as best.pt if its anchor MSE is the lowest so far."""
-    values = validate(run)
-    if values:
-        log(run, **values)
-    mse = values.get("anchor_mse", float("inf"))
-    is_best = mse < run.best
+    learning = run.learning
+    statistics = learning.objective.statistics
+    values = run.validation.measure(learning.ema.model, statistics)
+    run.journal.log(learning.step, {"samples": learning.samples, **values, **run.validation.drift(statistics)})
+    is_best = values.get("anchor_mse", float("inf")) < run.best
     if is_best:
-        run.best, run.best_step = mse, run.step
+        run.best, run.best_step = values["anchor_mse"], learning.step
     save(run, is_best)
-
-
-@torch.no_grad()
-def validate(run: Run) -> dict[str, float]:
-    """MSE, cosine and explained variance on the anchor and the recent set; an empty set gives no numbers."""
-    num_clips = int(run.lake.setting("val_clips"))
-    if len(run.anchor) == 0:
-        run.anchor = read_validation(run.lake, ANCHOR, num_clips)
-    values: dict[str, float] = {}
-    for name, samples in ((ANCHOR, run.anchor), (RECENT, read_validation(run.lake, RECENT, num_clips))):
-        if len(samples) >= 2:
-            values |= {f"{name}_{metric}": value for metric, value in floats(agreement_on(run, samples)).items()}
-    return values
-
-
-def agreement_on(run: Run, samples: np.ndarray) -> dict[str, Tensor]:
-    """[n, 32000] int16 -> how close the student is to the teacher; 1 is perfect explained variance and cosine."""
-    predicted, target = [], []
-    for part in np.array_split(samples, -(-len(samples) // run.config.batch_size)):
-        spectrogram = spectrogram_of(run, part)
-        predicted.append(run.student.project(run.student(spectrogram)).double())
-        target.append(run.teacher(spectrogram).double())
-    return agreement(torch.cat(predicted), torch.cat(target))
 
 
 def save(run: Run, is_best: bool = False) -> None:
     """Write a checkpoint that is read back before it counts, then let the ledger retire what two of them cover."""
     state = {
         "run": run.id,
-        "step": run.step,
         "best": run.best,
         "best_step": run.best_step,
-        "skipped_steps": int(run.skipped),
-        "student_config": dataclasses.asdict(run.config.model),
-        "student": run.student.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "reader": run.reader.state(),
-        "teacher_revision": run.teacher.revision,
+        "reader": run.covered,
+        "remembered": remembered(run.config),
         "lake": run.lake.setting("id"),
+        **run.learning.state_dict(),
     }
     checkpoint.save(run.config.out, state)
     if is_best:
@@ -454,45 +467,33 @@ def check(config: Config) -> None:
     """Refuse a device that is not there, and a cap smaller than what must be in flight, with the sum."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch finds no GPU; for a CPU: python distill_hear_vit_s_canon2d.py demo")
-    if not (config.lake / "ledger.sqlite").exists():
-        return
-    lake = Lake.open(config.lake)
-    shard_clips, val_clips = int(lake.setting("shard_clips")), int(lake.setting("val_clips"))
-    workers = int(lake.setting("max_workers"))
-    needs = {
-        f"{workers} workers, one shard each": workers * shard_clips,
-        f"{config.open_shards} open shards": config.open_shards * shard_clips,
-        f"2 checkpoint intervals of {config.save_every} x {config.batch_size} clips": 2
-        * config.save_every
-        * config.batch_size,
-        f"2 validation sets of {val_clips} clips": 2 * val_clips,
-    }
-    needed_bytes = shard_bytes(sum(needs.values()))
-    if lake.cap_bytes() < needed_bytes:
-        terms = " + ".join(f"{name} ({gib(shard_bytes(clips))})" for name, clips in needs.items())
-        raise UserError(
-            f"the cap of {gib(lake.cap_bytes())} is too small: {terms} = {gib(needed_bytes)} must fit; "
-            f"raise --cap-gb, or lower --save-every, --open-shards or the number of workers"
-        )
+    if (config.lake / "ledger.sqlite").exists():
+        interval = max(config.save_every, config.largest_batch())
+        refuse_small_cap(Lake.open(config.lake), config.open_shards, interval, config.target_clips)
 
 
 def main(config: Config) -> None:
     demo.prepare(config.teacher)
     stop = StopRequest()
-    refusal = f"{config.out} is being trained by another process; wait for it or choose another --out"
-    with alone(config.out / "lock", refusal):
+    with alone(config.out / "lock", f"{config.out} is being trained by another process; choose another --out"):
         check(config)
         run = open_run(config)
         try:
             reason = train(run, stop)
+        except Exception as e:
+            if not isinstance(e, UserError) and run.is_whole:  # whatever broke, the steps before it are good
+                save(run)
+            raise
         finally:
             run.reader.close()
             run.owner.release()
-            run.metrics.close()
-            run.board.close()
-    draw_losses(config.out)
-    print(f"{reason}: step {run.step} of {config.steps}, waited {run.waited_s:.0f} s for data; {config.out}/latest.pt")
+            run.journal.close()
+    draw_curves(config.out)
+    print(
+        f"{reason}: step {run.learning.step}, {run.learning.samples} of {config.schedule.total_samples} clips, "
+        f"waited {run.waited_s:.0f} s for data; {config.out}/latest.pt"
+    )
 
 
 if __name__ == "__main__":
-    cli.run(main, PRESETS, __doc__, check=check)
+    cli.run(main, PRESETS, __doc__, actions={"plot": lambda config: draw_curves(config.out)}, check=check)

@@ -65,7 +65,7 @@ class Config:
     stream_args: str = ""
     """more for each streamer, in quotes: --stream-args "--shard-clips 2000" """
     train_args: str = ""
-    """more for the trainer, in quotes: --train-args "--steps 1000 --seed 1" """
+    """more for the trainer, in quotes: --train-args "--schedule.peak 3e-4 --seed 1" """
     on_event: str = ""
     """shell command for events; HEAR_EVENT, HEAR_MESSAGE and HEAR_LAKE tell it what happened"""
     dry_run: bool = False

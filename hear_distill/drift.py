@@ -84,8 +84,7 @@ def shift_of(reference: Moments, current: Moments, chance: float) -> float:
         chance: 1 / (independent vectors in the reference) + 1 / (those in the current window); the square of the shift
             that two samples of one and the same population show is that on average.
 
-    The trainer may keep two of these for the teacher's embeddings, of the first and of the newest clips it was given,
-    in its checkpoint; what this returns for them belongs into its heartbeat and metrics.jsonl as `embedding`.
+    For the teacher's embeddings the trainer computes it on standardised ones (hear_distill/validation.py).
     """
     squared = float(((current.mean - reference.mean) ** 2).sum()) / max(reference.variance, 1e-12)
     return math.sqrt(max(0.0, squared - chance))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from hear_distill import room
 from hear_distill.audio import CLIP_SAMPLES, decode_blocks
 from hear_distill.files import UserError, gib
 from hear_distill.runlog import read_heartbeat
@@ -39,6 +40,10 @@ class Run:
     """every field of its Config"""
     trainer: Mapping[str, Any]
 
+    def batch(self) -> int:
+        """Clips of a step, as long as no controller changes it."""
+        return self.trainer["chunks"] * self.trainer["chunk_size"]
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -54,13 +59,9 @@ class Rate:
 def in_flight(run: Run) -> dict[str, int]:
     """Clips that must fit under the cap at the same time, by reason. The trainer refuses a cap below their sum."""
     shard_clips, val_clips = run.streamer["shard_clips"], run.streamer["val_clips"]
-    interval = run.trainer["save_every"] * run.trainer["batch_size"]
-    return {
-        f"{run.max_workers} streamers, one shard each": run.max_workers * shard_clips,
-        f"{run.trainer['open_shards']} shards that batches are drawn from": run.trainer["open_shards"] * shard_clips,
-        f"2 checkpoint intervals of {run.trainer['save_every']} x {run.trainer['batch_size']} clips": 2 * interval,
-        f"2 validation sets of {val_clips} clips": 2 * val_clips,
-    }
+    open_shards, target_clips = run.trainer["open_shards"], run.trainer["target_clips"]
+    interval = max(run.trainer["save_every"], run.batch())
+    return room.in_flight(shard_clips, val_clips, run.max_workers, open_shards, interval, target_clips)
 
 
 def lines_of(run: Run, needed: Rate | None, per_worker: Rate) -> list[str]:
@@ -85,13 +86,14 @@ def lines_of(run: Run, needed: Rate | None, per_worker: Rate) -> list[str]:
     if shard_bytes(sum_clips) > run.cap_bytes:
         raise UserError(
             f"a cap of {gib(run.cap_bytes)} is too small for the {gib(shard_bytes(sum_clips))} that must be in flight: "
-            f"{' + '.join(needs)}; raise --cap-gb, or lower --save-every, --open-shards or the number of workers"
+            f"{' + '.join(needs)}; raise --cap-gb, or lower --save-every, --open-shards, --target-clips "
+            f"or the number of workers"
         )
     stock = cap_clips - 2 * run.streamer["val_clips"]
     filling = Rate(run.max_workers * per_worker.clips_per_s, f"{run.max_workers} x {per_worker}")
-    clips = run.trainer["steps"] * run.trainer["batch_size"]
+    clips = run.trainer["schedule"]["total_samples"]
     lines += [f"filling     {filling}: full after {duration(stock / filling.clips_per_s)} if nothing is read"]
-    training = f"training    {run.trainer['steps']:,} steps x {run.trainer['batch_size']:,} = {clips:,} clips"
+    training = f"training    {-(-clips // run.batch()):,} steps x {run.batch():,} = {clips:,} clips"
     if needed is None:
         return [*lines, f"stock       {stock:,} clips; not known how long they last", f"{training}; not known how long"]
     slower = min(needed.clips_per_s, filling.clips_per_s)

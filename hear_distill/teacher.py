@@ -3,7 +3,7 @@
 in:   google/hear-pytorch (1.2 GB, gated), any other model of its kind, or a folder with config.json, model.safetensors
 out:  Teacher, which maps the spectrogram of a 2 s clip to the 512-d embedding that the student learns
 
-B clips   192 x 128 = time x mel   E = 512 embedding
+B clips   192 x 128 = time x mel   E = 512 embedding   N = 96 patches, 12 x 8   P = 1024 width of a token
 """
 
 import hashlib
@@ -33,6 +33,7 @@ logging.disable_progress_bar()  # of reading weights from the disk; downloads ke
 HEAR = "google/hear-pytorch"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+MIN_COSINE = 0.999  # between centred embeddings in float32 and bfloat16
 EXPECTED_FILES = f"a teacher is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, never a pickle"
 
 # The published configuration; facts without which the loaded network is not HeAR's kind are checked in `check_config`.
@@ -91,7 +92,16 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, spectrogram: Tensor) -> Tensor:
         """[B, 1, 192, 128] -> [B, E], linear pooling of the class token, not normalised."""
-        return self.model(spectrogram).pooler_output
+        return self.model(spectrogram.to(self.model.dtype)).pooler_output
+
+    @torch.no_grad()
+    def embed_with_patches(self, spectrogram: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 1, 192, 128] -> [B, E] as a plain call gives it, and [B, N, P] patch tokens, of the same forward pass.
+
+        They are the last layer's, after its norm and without the class token, in the order of the student's tokens.
+        """
+        output = self.model(spectrogram.to(self.model.dtype))
+        return output.pooler_output, output.last_hidden_state[:, 1:]  # [B, E], [B, N, P]
 
 
 def load_teacher(name_or_folder: str | Path, *, revision: str | None = None, device: str = "cpu") -> Teacher:
@@ -115,6 +125,30 @@ def load_teacher(name_or_folder: str | Path, *, revision: str | None = None, dev
         raise TeacherError(f"{name} holds other weights: expected {revision}, found {found}")
     teacher = Teacher(model, name=name, revision=found, is_stand_in=config.get("stand_in", False))
     return teacher.to(device)
+
+
+def to_bfloat16(teacher: Teacher, spectrogram: Tensor) -> None:
+    """Turn the weights to bfloat16, if the embeddings of these clips [B, 1, 192, 128] stay what they are.
+
+    Compared by the mean cosine after the mean of the float32 embeddings is taken off: a large common part hides errors.
+
+    Raises:
+        TeacherError: fewer than two clips to compare, or the precision is not enough.
+    """
+    if len(spectrogram) < 2:
+        raise TeacherError(
+            "bfloat16 cannot be checked: expected two clips or more in the anchor validation, "
+            f"found {len(spectrogram)}; --teacher-precision fp32 needs no check"
+        )
+    exact = teacher(spectrogram)  # [B, E]
+    teacher.to(torch.bfloat16)
+    mean = exact.mean(dim=0)
+    cosine = float(nn.functional.cosine_similarity(teacher(spectrogram).float() - mean, exact - mean).mean())
+    if not cosine >= MIN_COSINE:
+        raise TeacherError(
+            f"the teacher in bfloat16 agrees with float32 to a cosine of {cosine:.5f}, expected {MIN_COSINE} or more; "
+            f"run again with --teacher-precision fp32"
+        )
 
 
 def random_teacher(seed: int) -> Teacher:

@@ -5,7 +5,12 @@ import subprocess
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import shutil
+from pathlib import Path
+
 import pytest
+from lake_tools import stream, write_source
+from train_tools import SMALL_SHARDS, Training
 
 from hear_distill.data import Drawing, LakeReader
 from hear_distill.files import MIB
@@ -47,3 +52,43 @@ def small_disk(tmp_path):
         pytest.skip(f"mounting is refused: {mounted.stderr.strip()}")
     yield disk, lambda num_bytes: mount(num_bytes, "remount").check_returncode()
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory) -> Path:
+    return write_source(tmp_path_factory.mktemp("source"), num_tars=3, recordings_per_tar=14)
+
+
+@pytest.fixture(scope="session")
+def full_lake(tmp_path_factory, source) -> Path:
+    """The whole source, cut; never trained from, only copied."""
+    lake = tmp_path_factory.mktemp("lake")
+    assert stream(source, lake, *SMALL_SHARDS).returncode == 0
+    return lake
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory) -> Path:
+    from hear_distill.teacher import save_stand_in  # transformers, which most tests do not need
+
+    return save_stand_in(tmp_path_factory.mktemp("teacher"), seed=0)
+
+
+@pytest.fixture
+def training(tmp_path, full_lake, teacher):
+    """Begin a training of its own on a copy of the lake; keyword arguments are flags that differ from TINY."""
+
+    def begin(**flags) -> Training:
+        shutil.copytree(full_lake, tmp_path / "lake")
+        return Training(tmp_path / "run", tmp_path / "lake", teacher).but(**flags)
+
+    return begin
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory, full_lake, teacher):
+    """A run that nothing disturbed, until the lake was drained, and how it ended."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    shutil.copytree(full_lake, folder / "lake")
+    whole = Training(folder / "run", folder / "lake", teacher, is_drawn=True)
+    return whole, whole.run()

@@ -13,7 +13,6 @@ have learned from as many as the books say.
 """
 
 import argparse
-import json
 import random
 import shutil
 import signal
@@ -60,7 +59,7 @@ def start(folder: Path, train_args: str) -> subprocess.Popen:
     command = [sys.executable, "-c", PATIENT, "demo", "--source", str(folder / "source"), "--out", str(folder / "run")]
     command += ["--lake", str(folder / "lake"), "--train-args", train_args]
     with (folder / "supervisor.log").open("a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)
 
 
 def kill_one(supervisor: subprocess.Popen, rng: random.Random) -> str:
@@ -69,8 +68,11 @@ def kill_one(supervisor: subprocess.Popen, rng: random.Random) -> str:
     if not victims:
         return "nobody"
     victim = psutil.Process(rng.choice(victims))
-    name = next((Path(word).stem for word in victim.cmdline() if word.endswith(".py")), "supervisor")
-    victim.send_signal(signal.SIGKILL)
+    try:
+        name = next((Path(word).stem for word in victim.cmdline() if word.endswith(".py")), "supervisor")
+        victim.send_signal(signal.SIGKILL)
+    except psutil.NoSuchProcess:  # it has just left by itself
+        return "nobody"
     return name
 
 
@@ -115,8 +117,7 @@ def settle(source: Path, folder: Path) -> list[str]:
     if cut.total() != books.cut:
         problems.append(f"the statistics tell of {cut.total()} clips, the books of {books.cut}")
     state, path = checkpoint.load_newest(folder / "run")
-    config = json.loads((folder / "run" / "config.json").read_text())
-    trained = state["step"] * config["batch_size"]
+    trained = state["samples"]
     if trained != books.trained:
         problems.append(f"{path} has learned from {trained} clips, the books say {books.trained}")
     print(f"{state['step']} steps; {books}; tars: {dict(lake.tar_states())}")
@@ -137,6 +138,6 @@ if __name__ == "__main__":
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--folder", type=Path, default=Path("soak"))
-    parser.add_argument("--train-args", default="--steps 1000000 --decay-steps 0")
+    parser.add_argument("--train-args", default="--schedule.total-samples 100000000 --schedule.decay-samples 0")
     arguments = parser.parse_args()
-    sys.exit(main(arguments.source, arguments.minutes, arguments.folder, arguments.train_args))
+    sys.exit(main(arguments.source, arguments.minutes, arguments.folder.resolve(), arguments.train_args))

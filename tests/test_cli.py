@@ -35,22 +35,15 @@ FLAGS = {
         *("dry-run", "json", "deep", "repair"),
     },
     TRAINER: {
-        *(
-            "lake",
-            "out",
-            "resume",
-            "teacher",
-            "teacher-revision",
-            "device",
-            "steps",
-            "batch-size",
-            "lr",
-            "warmup-steps",
-        ),
-        *("decay-steps", "weight-decay", "open-shards", "consume", "save-every", "log-every", "resume", "seed"),
+        *("lake", "out", "resume", "teacher", "teacher-revision", "teacher-precision", "target-clips", "device"),
+        *("chunk-size", "chunks", "controller", "warmup", "weight-decay", "pad-share", "open-shards", "consume"),
+        *("save-every", "log-every", "seed"),
         *("model.width", "model.blocks", "model.heads", "model.mlp-width", "model.embedding-width"),
         *("model.canon", "model.canon-kernel", "model.canon-dims", "model.positions"),
-        *("loss.mse", "loss.relational", "loss.contrastive"),
+        *("loss.mse", "loss.relational", "loss.contrastive", "loss.prototype", "loss.patch"),
+        *("loss.negatives", "loss.weighting"),
+        *("schedule.shape", "schedule.peak", "schedule.total-samples"),
+        *("schedule.warmup-samples", "schedule.decay-samples"),
     },
     EVALUATION: {"checkpoint", "teacher", "table", "out", "device", "batch-size", "seed"},
     BENCHMARK: {
@@ -60,7 +53,7 @@ FLAGS = {
 WORDS = {
     STREAMER: "laion | demo (none means laion)",
     SUPERVISOR: "best | paper | demo | doctor | status | stop | plot | fsck (none means best)",
-    TRAINER: "best | paper | demo (none means best)",
+    TRAINER: "best | paper | demo | plot (none means best)",
     EVALUATION: "real | demo (none means real)",
     BENCHMARK: "full | demo (none means full)",
 }
@@ -248,7 +241,7 @@ def test_a_bug_keeps_its_traceback_and_exit_code_1(tmp_path):
 def stage(tmp_path, monkeypatch):
     """Run a real stage in an empty folder, as its script does: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("COLUMNS", "119")
 
     def run(script: str, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [script, *arguments])
@@ -283,7 +276,9 @@ def test_help_of_a_stage_begins_with_its_docstring(stage, script):
 
 def test_help_shows_the_defaults_of_the_preset_that_the_word_names(stage):
     bare, demo = (flags_in(stage(TRAINER, *word, "--help")[1]) for word in ([], ["demo"]))
-    assert "(default: 50000)" in bare["steps"] and "(default: 200)" in demo["steps"]
+    assert "(default: 256)" in bare["chunk-size"] and "(default: 8)" in demo["chunk-size"]
+    name = "schedule.total-samples"
+    assert "(default: 25600000)" in bare[name] and "(default: 3200)" in demo[name]
     assert "(default: cuda)" in bare["device"] and "(default: cpu)" in demo["device"]
 
 
@@ -312,14 +307,17 @@ STAGE_MISTAKES = {
     "dry run of fsck": (SUPERVISOR, ["fsck", "--dry-run"], "--dry-run means nothing to fsck; it belongs to: best"),
     "trainer, word": (TRAINER, ["papr"], "best, paper, demo"),
     "trainer, flag": (TRAINER, ["--model.widht", "4"], "--model.width"),
-    "trainer, type": (TRAINER, ["--steps", "1e3"], "--steps"),
+    "trainer, type": (TRAINER, ["--chunks", "1e3"], "--chunks"),
     "trainer, choice": (TRAINER, ["--device", "gpu"], "cuda"),
     "trainer, impossible": (
         TRAINER,
-        ["demo", "--steps", "49"],
-        "--warmup-steps 10 + --decay-steps 40 exceed --steps 49",
+        ["demo", "--schedule.total-samples", "799"],
+        "warmup_samples 160 + decay_samples 640 exceed total_samples 799",
     ),
     "trainer, impossible model": (TRAINER, ["--model.heads", "5"], "width 384 and heads 5"),
+    "trainer, one chunk": (TRAINER, ["--chunks", "1"], "--chunks and --target-clips must be at least 2"),
+    "trainer, short critical warm-up": (TRAINER, ["demo", "--warmup", "critical"], "at least 256, got 160"),
+    "trainer, nothing to plot": (TRAINER, ["plot"], "no run in runs/hear-vit-s"),
     "trainer, missing value": (TRAINER, ["--out"], "--out"),
 }
 

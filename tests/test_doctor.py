@@ -40,7 +40,8 @@ def run(tmp_path) -> Run:
         **{"lake": tmp_path / "lake", "out": tmp_path / "run", "source": "somewhere", "max_workers": 4},
         **{"cap_bytes": 10 * GIB, "floor_bytes": 2 * GIB, "streamer": {"shard_clips": 1000, "val_clips": 500}},
         trainer={
-            **{"open_shards": 8, "save_every": 20, "batch_size": 128, "steps": 1000},
+            **{"open_shards": 8, "save_every": 2560, "chunk_size": 64, "chunks": 2, "target_clips": 1000},
+            "schedule": {"total_samples": 128_000},
             **{"device": "cuda", "teacher": str(tmp_path)},
         },
     )
@@ -239,9 +240,9 @@ def test_the_plan_adds_up(run):
     cap_clips = 10 * GIB // 66_560
     for expected in (
         f"{cap_clips:,} clips",
-        "4,000  4 streamers",
-        "8,000  8 shards",
-        "5,120  2 checkpoint intervals of 20 x 128",
+        "4,000  4 workers",
+        "8,000  8 open shards",
+        "5,120  2 checkpoint intervals of 2560 clips",
         "1,000  2 validation sets of 500",
         "18,120  in all",
         f"stock       {cap_clips - 1_000:,} clips: 80 s at 2,000 clips/s (measured)",
@@ -255,7 +256,16 @@ def test_the_plan_adds_up(run):
 def test_the_plan_refuses_a_cap_exactly_where_the_trainer_does(run, tmp_path):
     trainer = load_stage(ROOT / "distill_hear_vit_s_canon2d.py")
     make_lake(run.lake, shard_clips=1000, val_clips=500).close()
-    config = trainer.Config(lake=run.lake, device="cpu", open_shards=8, save_every=20, batch_size=128)
+    config = trainer.Config(
+        lake=run.lake,
+        device="cpu",
+        open_shards=8,
+        save_every=2560,
+        log_every=1280,
+        chunk_size=64,
+        chunks=2,
+        target_clips=1000,
+    )
     needed = shard_bytes(sum(plan.in_flight(replace(run, max_workers=2)).values()))
     for cap_bytes, is_enough in ((needed, True), (needed - 1, False)):
         set_cap(run.lake, cap_bytes)
@@ -271,9 +281,9 @@ def test_the_plan_refuses_a_cap_exactly_where_the_trainer_does(run, tmp_path):
 
 
 def test_a_dry_run_prints_the_plan_and_starts_and_makes_nothing(tmp_path):
-    flags = ["--dry-run", "--max-workers", "2", "--train-args", "--batch-size 32", "--cap-gb", "0.2"]
+    flags = ["--dry-run", "--max-workers", "2", "--train-args", "--save-every 640", "--cap-gb", "0.2"]
     command = [sys.executable, SUPERVISOR, "demo", *flags]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert "1,280  2 checkpoint intervals of 20 x 32 clips" in ended.stdout and "\n$ python" in ended.stdout
+    assert "1,280  2 checkpoint intervals of 640 clips" in ended.stdout and "\n$ python" in ended.stdout
     assert list(tmp_path.iterdir()) == []

@@ -198,12 +198,12 @@ def test_a_training_that_uses_shards_again_ends_with_its_steps_and_as_if_it_had_
         filled_lake(tmp_path / name / "lake", *SIZES).close()
         (tmp_path / name / "run").mkdir()
         training = Training(tmp_path / name / "run", tmp_path / name / "lake", teacher)
-        trainings.append(training.but(consume="reuse", steps=40))
+        trainings.append(training.but(consume="reuse", schedule__total_samples=160))
     whole, broken = trainings
     assert [broken.run(crash_at="checkpoint-recorded").code for _ in range(3)] == [KILLED] * 3
     for training in trainings:
         ended = training.run()
-        assert ended.code == 0 and "all steps are done: step 40 of 40" in ended.said
+        assert ended.code == 0 and "all clips are done: step 40, 160 of 160 clips" in ended.said
     assert broken.trained() == whole.trained() and len(whole.trained()) == 160
     assert min(Counter(whole.trained()).values()) >= 2 and len(set(whole.trained())) == sum(SIZES)
     lake = Lake.open(broken.lake)

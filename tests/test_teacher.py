@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import ViTConfig, ViTModel
 
 from hear_distill.frontend import MelPcen
-from hear_distill.teacher import HEAR_CONFIG, TeacherError, load_teacher, random_teacher, save_stand_in
+from hear_distill.student import Student, StudentConfig
+from hear_distill.teacher import HEAR_CONFIG, TeacherError, load_teacher, random_teacher, save_stand_in, to_bfloat16
 
 SMALLEST = HEAR_CONFIG | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -55,6 +56,36 @@ def test_the_embedding_is_the_plain_linear_map_of_the_last_class_token(tmp_path)
     found = load_teacher(tmp_path)(spectrogram())
     assert found.shape == (3, 512)
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_patch_tokens_are_the_last_layers_without_the_class_token_and_come_with_the_embedding_in_one_pass(tmp_path):
+    model = save_vit(tmp_path)
+    tokens = model.embeddings(spectrogram())
+    for layer in model.layers:
+        tokens = layer(tokens)
+    expected = model.layernorm(tokens)  # [B, 1 + N, P], the class token first
+
+    teacher, passes = load_teacher(tmp_path), []
+    teacher.model.register_forward_hook(lambda *_: passes.append(1))
+    embedding, patches = teacher.embed_with_patches(spectrogram().requires_grad_())
+
+    assert patches.shape == (3, 96, 32) and not patches.requires_grad and not embedding.requires_grad
+    torch.testing.assert_close(patches, expected[:, 1:])
+    assert passes == [1]
+    assert torch.equal(embedding, teacher(spectrogram()))
+
+
+@torch.no_grad()
+def test_patch_tokens_stand_in_the_order_of_the_students(tmp_path):
+    """Noise in one patch, row 5 and column 2 of the 12 x 8 grid, changes the token that the student has for it most."""
+    save_vit(tmp_path, num_hidden_layers=1, initializer_range=0.02)
+    student = Student(StudentConfig(width=24, blocks=1, heads=3, mlp_width=40, canon="none"))
+    changed = spectrogram(1)
+    changed[:, :, 80:96, 32:48] += 5 * torch.rand(16, 16, generator=torch.Generator().manual_seed(2))
+    teacher = load_teacher(tmp_path)
+    for tokens in (lambda x: teacher.embed_with_patches(x)[1], student.tokens):
+        assert (tokens(changed) - tokens(spectrogram(1))).norm(dim=2).argmax() == 5 * 8 + 2
 
 
 def test_a_folder_is_named_by_the_hash_of_its_weights(tmp_path):
@@ -398,3 +429,20 @@ def test_a_failure_at_the_hub_is_explained(answers, question, message):
 
 def test_the_token_is_in_no_message(answers):
     assert TOKEN not in json.dumps(answers)
+
+
+def test_bfloat16_is_taken_where_it_agrees_and_refused_with_the_flag_where_it_does_not(tmp_path, monkeypatch):
+    folder = save_stand_in(tmp_path / "teacher", seed=0)
+    images = torch.rand(6, 1, 192, 128, generator=torch.Generator().manual_seed(0)).cumsum(dim=2)
+    teacher = load_teacher(folder)
+    exact = teacher(images)
+    monkeypatch.setattr("hear_distill.teacher.MIN_COSINE", 0.9)
+    to_bfloat16(teacher, images)
+    assert teacher(images).dtype == teacher.embed_with_patches(images)[1].dtype == torch.bfloat16
+    away = (teacher(images).float() - exact).norm() / (exact - exact.mean(dim=0)).norm()
+    assert 1e-4 < away < 0.5
+    monkeypatch.setattr("hear_distill.teacher.MIN_COSINE", 0.9999999)
+    with pytest.raises(TeacherError, match="--teacher-precision fp32"):
+        to_bfloat16(load_teacher(folder), images)
+    with pytest.raises(TeacherError, match="found 1"):
+        to_bfloat16(load_teacher(folder), images[:1])

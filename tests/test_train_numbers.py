@@ -1,5 +1,6 @@
 """The numbers of the trainer: schedule, weight decay, the step that is not taken, what must fit under the cap."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from torch import nn
 from train_tools import TRAINER, load_stage, set_cap
 
 from hear_distill.files import UserError
+from hear_distill.learning import make_optimizer, step_if_finite
 from hear_distill.student import Student, StudentConfig
 
 RECORD_BYTES, END_BYTES = 66_560, 1_024  # of a shard, from datalake/README.md
@@ -20,27 +22,13 @@ def stage():
     return load_stage(TRAINER)
 
 
-@pytest.mark.parametrize(
-    ("step", "expected"),
-    [(0, 0.2), (1, 0.4), (3, 0.8), (4, 1.0), (5, 1.0), (12, 1.0), (15, 1.0), (16, 0.8), (17, 0.6), (19, 0.2)],
-)
-def test_the_learning_rate_warms_up_holds_and_decays_as_this_table_says(stage, step, expected):
-    config = stage.Config(lr=3e-4, steps=20, warmup_steps=5, decay_steps=5, save_every=20, log_every=20)
-    assert math.isclose(config.lr_at(step), 3e-4 * expected)
-
-
-def test_a_schedule_without_warm_up_and_decay_is_constant(stage):
-    config = stage.Config(lr=7e-3, steps=3, warmup_steps=0, decay_steps=0)
-    assert [config.lr_at(step) for step in range(3)] == [7e-3] * 3
-
-
 SMALL = StudentConfig(width=24, heads=2, blocks=2, mlp_width=40, positions="learned")
 
 
-def test_the_optimiser_decays_the_matrices_and_nothing_else(stage):
+def test_the_optimiser_decays_the_matrices_and_nothing_else():
     student = Student(SMALL)
     decays = {}
-    for group in stage.make_optimizer(student, stage.Config(weight_decay=0.03)).param_groups:
+    for group in make_optimizer(student, 0.1, 0.03).param_groups:
         decays |= {id(parameter): group["weight_decay"] for parameter in group["params"]}
     matrices = {id(module.weight) for module in student.modules() if isinstance(module, nn.Linear)}
     assert decays.keys() == {id(parameter) for parameter in student.parameters()}
@@ -49,7 +37,7 @@ def test_the_optimiser_decays_the_matrices_and_nothing_else(stage):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_gradient_that_is_not_finite_changes_neither_weights_nor_moments(stage, bad):
+def test_a_gradient_that_is_not_finite_changes_neither_weights_nor_moments(bad):
     torch.manual_seed(0)
     layer = nn.Linear(5, 3)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.5, fused=True)
@@ -60,7 +48,7 @@ def test_a_gradient_that_is_not_finite_changes_neither_weights_nor_moments(stage
         if spoiled is not None:
             layer.weight.grad[1, 2] = spoiled
         norm = nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
-        return float(stage.step_if_finite(optimizer, norm))
+        return float(step_if_finite(optimizer, norm))
 
     def everything() -> list[torch.Tensor]:
         moments = [value for state in optimizer.state.values() for value in state.values()]
@@ -75,9 +63,9 @@ def test_a_gradient_that_is_not_finite_changes_neither_weights_nor_moments(stage
 
 
 def test_a_cap_without_room_for_what_is_in_flight_is_refused_with_the_sum(stage, tmp_path):
-    """2 workers x 10 clips + 3 open shards x 10 + 2 intervals x 6 steps x 4 clips + 2 validation sets x 9 = 116."""
-    fields = {"lake": tmp_path, "open_shards": 3, "save_every": 6, "log_every": 2, "batch_size": 4, "device": "cpu"}
-    config = stage.Config(**fields)
+    """2 workers x 10 clips + 3 open shards x 10 + 2 intervals x 24 clips + 2 validation sets x 9 = 116."""
+    fields = {"lake": tmp_path, "open_shards": 3, "save_every": 24, "log_every": 8, "chunk_size": 2, "device": "cpu"}
+    config = stage.Config(**fields, target_clips=30 + 48)
     make_lake(tmp_path, shard_clips=10, val_clips=9).close()
     for num_bytes, is_enough in ((116 * RECORD_BYTES + END_BYTES, True), (116 * RECORD_BYTES + END_BYTES - 1, False)):
         set_cap(tmp_path, num_bytes)
@@ -86,8 +74,17 @@ def test_a_cap_without_room_for_what_is_in_flight_is_refused_with_the_sum(stage,
         else:
             with pytest.raises(UserError) as refused:
                 stage.check(config)
+    with pytest.raises(UserError, match="the rest of --target-clips"):
+        stage.check(dataclasses.replace(config, target_clips=30 + 48 + 1))
     # 116 clips of 65 KiB and the end of a file are 7.4 MiB
-    expected = ("2 workers", "3 open shards", "6 x 4 clips", "2 validation sets of 9", "= 7.4 MiB", "--cap-gb")
+    expected = (
+        "2 workers",
+        "3 open shards",
+        "intervals of 24 clips",
+        "2 validation sets of 9",
+        "= 7.4 MiB",
+        "--cap-gb",
+    )
     assert [text for text in expected if text not in str(refused.value)] == []
 
 

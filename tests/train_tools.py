@@ -29,10 +29,12 @@ TIMEOUT_S = 120.0
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["hear_distill.teacher", "torch.utils.tensorboard", "matplotlib.pyplot", "tyro"])
 TINY = {
-    **{"--device": "cpu", "--batch-size": 4, "--open-shards": 3, "--save-every": 6, "--log-every": 2},
-    **{"--steps": 1000, "--warmup-steps": 2, "--decay-steps": 0, "--lr": 3e-3},
+    **{"--device": "cpu", "--chunk-size": 2, "--open-shards": 3, "--save-every": 24, "--log-every": 8},
+    **{"--schedule.total-samples": 4000, "--schedule.warmup-samples": 8, "--schedule.decay-samples": 0},
+    **{"--schedule.peak": 3e-3, "--target-clips": 16},
     **{"--model.width": 24, "--model.heads": 2, "--model.blocks": 1, "--model.mlp-width": 24},
 }
+SMALL_SHARDS = ("--shard-clips", 10, "--open-tars", 2, "--val-clips", 8, "--val-fraction", 0.05)  # of the streamer
 
 Edit = Callable[[ModuleType], None]
 
@@ -139,7 +141,7 @@ def _train(argv: list[str], training: Training, crash_at: str | None, edit: Edit
     stage = load_stage(TRAINER)
     _witness(stage, training.out.with_suffix(".trained"))
     if not training.is_drawn:
-        stage.draw_losses = lambda out: None
+        stage.draw_curves = lambda out: None
     if edit:
         edit(stage)
     sys.argv = [str(TRAINER), *argv]
@@ -147,8 +149,8 @@ def _train(argv: list[str], training: Training, crash_at: str | None, edit: Edit
 
 
 def _witness(stage: ModuleType, path: Path) -> None:
-    """Append to `path` where a run begins, and the sounds of each step: what the front end was fed just before."""
-    train, spectrogram_of, mark_trained = stage.train, stage.spectrogram_of, stage.LakeReader.mark_trained
+    """Append to `path` where a run begins, and the sounds of each step, as they were when they were learned from."""
+    train, learn_from, finish_step = stage.train, stage.learn_from, stage.finish_step
     fed: list[str] = []
 
     def note(entry: int | list[str]) -> None:
@@ -156,15 +158,18 @@ def _witness(stage: ModuleType, path: Path) -> None:
             f.write(json.dumps(entry) + "\n")
 
     def train_and_note(run: Any, stop: Any) -> str:
-        note(run.step)
+        note(run.learning.step)
         return train(run, stop)
 
-    def listen(run: Any, samples: Any) -> Any:
-        fed[:] = [_hash(row.tobytes()) for row in samples]
-        return spectrogram_of(run, samples)
+    def listen(run: Any, batch: Any) -> None:
+        if not run.num_pending:
+            fed.clear()
+        fed.extend(_hash(row.tobytes()) for row in batch.samples)
+        learn_from(run, batch)
 
-    def mark_and_note(reader: Any, ids: Any) -> None:
-        mark_trained(reader, ids)
+    def finish_and_note(run: Any) -> Any:
+        terms = finish_step(run)
         note(fed)
+        return terms
 
-    stage.train, stage.spectrogram_of, stage.LakeReader.mark_trained = train_and_note, listen, mark_and_note
+    stage.train, stage.learn_from, stage.finish_step = train_and_note, listen, finish_and_note

@@ -1,0 +1,55 @@
+"""What a training run tells: the same numbers to programs, to TensorBoard and to people, and that it is alive.
+
+in:   numbers by name
+out:  <out>/metrics.jsonl, <out>/tensorboard/, <out>/progress.json, and lines on stdout
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from hear_distill.runlog import Heartbeat, Metrics
+
+SAID = (  # to people
+    *("samples", "loss", "explained_variance", "grad_norm", "lr", "noise_batch", "clips_per_s"),
+    *("anchor_explained_variance", "anchor_padded_explained_variance", "recent_explained_variance"),
+    *("anchor_knn_overlap", "recent_knn_overlap"),
+)
+
+
+class Journal:
+    """Of a run that goes on after `step`: what earlier processes told of later steps is forgotten."""
+
+    def __init__(self, out: Path, step: int) -> None:
+        self.metrics = Metrics(out, last_step=step)
+        self.board = SummaryWriter(out / "tensorboard", purge_step=step + 1)
+        self.heartbeat = Heartbeat(out / "progress.json", "train")
+        self.num_beats = 0
+        self.last: dict[str, float] = {}
+        """values of the last step that was told of"""
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """One line for programs, the same numbers for TensorBoard, and the first of them for people."""
+        self.metrics.log(step, **values)
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        print(f"step {step}  " + "  ".join(f"{name} {values[name]:.5g}" for name in SAID if name in values))
+
+    def log_step(self, step: int, values: dict[str, float]) -> None:
+        """The same for a training step, whose values the heartbeat repeats; says so if the loss has jumped."""
+        num_spikes = values["loss_spikes"] - self.last.get("loss_spikes", values["loss_spikes"])
+        if num_spikes:
+            print(f"WARNING: the loss jumped at {num_spikes:.0f} of the steps up to {step}")
+        self.last = values
+        self.log(step, values)
+
+    def beat(self, **values: Any) -> None:
+        """We are alive, and doing something; cheap enough to call at every step."""
+        self.num_beats += 1
+        self.heartbeat.beat(self.num_beats, **self.last | values)
+
+    def close(self) -> None:
+        """Everything is on its way to the disk."""
+        self.metrics.close()
+        self.board.close()
