@@ -60,7 +60,7 @@ def start(folder: Path, train_args: str) -> subprocess.Popen:
     command = [sys.executable, "-c", PATIENT, "demo", "--source", str(folder / "source"), "--out", str(folder / "run")]
     command += ["--lake", str(folder / "lake"), "--train-args", train_args]
     with (folder / "supervisor.log").open("a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)
 
 
 def kill_one(supervisor: subprocess.Popen, rng: random.Random) -> str:
@@ -69,8 +69,11 @@ def kill_one(supervisor: subprocess.Popen, rng: random.Random) -> str:
     if not victims:
         return "nobody"
     victim = psutil.Process(rng.choice(victims))
-    name = next((Path(word).stem for word in victim.cmdline() if word.endswith(".py")), "supervisor")
-    victim.send_signal(signal.SIGKILL)
+    try:
+        name = next((Path(word).stem for word in victim.cmdline() if word.endswith(".py")), "supervisor")
+        victim.send_signal(signal.SIGKILL)
+    except psutil.NoSuchProcess:  # it has just left by itself
+        return "nobody"
     return name
 
 
@@ -139,4 +142,4 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=Path, default=Path("soak"))
     parser.add_argument("--train-args", default="--steps 1000000 --decay-steps 0")
     arguments = parser.parse_args()
-    sys.exit(main(arguments.source, arguments.minutes, arguments.folder, arguments.train_args))
+    sys.exit(main(arguments.source, arguments.minutes, arguments.folder.resolve(), arguments.train_args))
