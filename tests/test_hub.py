@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
@@ -62,8 +64,9 @@ from hear_distill.remote import Dropped
 DATASET = "laion/small"
 TOKEN = "hf_thisIsTheSecretOfTheUser"
 IMPATIENT = f"""
-import runpy, sys
+import runpy, signal, sys
 from hear_distill import remote
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where the tests run in the background
 remote.FIRST_WAIT_S, remote.MAX_WAIT_S = 0.01, 0.05
 sys.argv[0] = {str(STREAMER)!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -87,17 +90,24 @@ def hub(source):
         yield server
 
 
-def start(hub: HubServer, lake: Path, *flags: object, token: str | None = None, **environment: str) -> subprocess.Popen:
-    """Begin to stream the dataset into a lake."""
+@contextmanager
+def start(
+    hub: HubServer, lake: Path, *flags: object, token: str | None = None, **environment: str
+) -> Iterator["subprocess.Popen[str]"]:
+    """Begin to stream the dataset into a lake; it is over with the block, whatever fails in there."""
     command = [sys.executable, "-c", IMPATIENT, "--source", DATASET, "--lake", str(lake), *map(str, (*FLAGS, *flags))]
-    return subprocess.Popen(
+    with subprocess.Popen(
         command,
         cwd=lake.parent,  # no .env there
         env={**hub.environment(lake.parent / "home", token), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def stream(hub: HubServer, lake: Path, *flags: object, token: str | None = None, **environment: str):
