@@ -113,7 +113,7 @@ class Draft:
     readers: dict[int, "Reader"] = field(default_factory=dict)
     """by position in the permutation: those that were read from"""
     groups: set[str] = field(default_factory=set)
-    """what `clips` belong to; kept for the anchor only"""
+    """recordings and videos that `clips` belong to; those of the anchor are published with it"""
     levels_db: list[float] = field(default_factory=list)
     bands_db: list[np.ndarray] = field(default_factory=list)
     """[7] of each clip"""

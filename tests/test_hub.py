@@ -117,6 +117,15 @@ def stream(hub: HubServer, lake: Path, *flags: object, token: str | None = None,
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+def ask_to_leave(worker: "subprocess.Popen[str]", signal_number: int) -> tuple[str, str]:
+    """Stdout and stderr of a worker that must be gone within five seconds."""
+    worker.send_signal(signal_number)
+    asked = time.monotonic()
+    out, err = worker.communicate(timeout=TIMEOUT_S)
+    assert time.monotonic() - asked < 5
+    return out, err
+
+
 def ranges(hub: HubServer, path: str) -> list[str | None]:
     """Byte ranges that were asked for, of the signed address of one tar."""
     return [request.range for request in hub.requests if request.kind == "file" and request.path == path]
@@ -252,10 +261,7 @@ def test_a_worker_that_waits_for_a_stalled_network_leaves_in_seconds_with_what_i
             while not rule.hits and worker.poll() is None:
                 time.sleep(0.01)
             time.sleep(1.0)
-            worker.send_signal(signal.SIGTERM)
-            asked = time.monotonic()
-            out, err = worker.communicate(timeout=TIMEOUT_S)
-            assert time.monotonic() - asked < 5
+            out, err = ask_to_leave(worker, signal.SIGTERM)
     assert (worker.returncode, err) == (0, "")
     assert "asked to stop" in out
     lake = assert_in_order(tmp_path / "lake")
@@ -273,10 +279,7 @@ def test_a_worker_that_fetches_a_long_recording_without_a_pause_leaves_in_second
             while not hub.bytes_sent and worker.poll() is None:
                 time.sleep(0.01)
             time.sleep(1.0)
-            worker.send_signal(signal.SIGTERM)
-            asked = time.monotonic()
-            out, err = worker.communicate(timeout=TIMEOUT_S)
-            assert time.monotonic() - asked < 5
+            out, err = ask_to_leave(worker, signal.SIGTERM)
     assert (worker.returncode, err, "asked to stop" in out) == (0, "", True)
 
 
@@ -288,10 +291,7 @@ def test_a_worker_that_waits_for_the_listing_leaves_in_seconds(hub, tmp_path, fa
         while not any(request.kind == "tree" for request in hub.requests) and worker.poll() is None:
             time.sleep(0.01)
         time.sleep(0.5)
-        worker.send_signal(signal_number)
-        asked = time.monotonic()
-        _, err = worker.communicate(timeout=TIMEOUT_S)
-        assert time.monotonic() - asked < 5
+        _, err = ask_to_leave(worker, signal_number)
     assert worker.returncode == (-signal.SIGTERM if signal_number == signal.SIGTERM else 1)
     assert "Traceback" not in err
 
