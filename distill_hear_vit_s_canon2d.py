@@ -17,26 +17,24 @@ B clips of a chunk   n clips of a sample or a validation set   E = 512 HeAR embe
 import dataclasses
 import time
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hear_distill import checkpoint, cli, demo
-from hear_distill.augment import cut_short
 from hear_distill.critical_lr import NUM_KEPT
 from hear_distill.data import Batch, Drawing, LakeReader, ordinary_memory
+from hear_distill.feed import Feed, View, pinned_memory
 from hear_distill.files import UserError
 from hear_distill.frontend import MelPcen
 from hear_distill.journal import Journal
 from hear_distill.lake import Lake
 from hear_distill.learning import Learning
 from hear_distill.locks import Owner, alone
-from hear_distill.objective import ClipId, LossConfig, measure
+from hear_distill.objective import LossConfig, measure
 from hear_distill.pace import ControllerName, Pace
 from hear_distill.plots import draw_curves
 from hear_distill.room import refuse_small_cap
@@ -175,30 +173,23 @@ class Run:
     id: str
     learning: Learning
     validation: Validation
-    frontend: MelPcen
     lake: Lake
     owner: Owner
-    reader: LakeReader
+    feed: Feed
     journal: Journal
     best: float = float("inf")
     """lowest validation MSE so far, and its step"""
     best_step: int = 0
     covered: dict[str, Any] = field(default_factory=dict)
     """state of the reader after the last whole step"""
-    num_pending: int = 0
-    """clips that were handed out for a step that is not whole yet"""
     is_whole: bool = False
     """whether all parts of the state belong to the same step"""
     timed_from: tuple[int, float] = (0, 0.0)
     """the samples, and the monotonic time, from which clips per second are counted"""
-    waited_s: float = 0.0
-    """for data, since this process began"""
     say_at: float = 0.0
     """monotonic time of the next line about waiting"""
     saves_here: int = 0
     """checkpoints made at the present step"""
-    fetched: torch.cuda.Event | None = None
-    """when the GPU has the last batch, whose buffer the reader may then fill anew"""
 
 
 def remembered(config: Config) -> dict[str, dict[str, Any]]:
@@ -248,24 +239,20 @@ def open_run(config: Config) -> Run:
         learning.learner.compile(dynamic=False)
         teacher.model.compile(dynamic=False)
 
-    owner, frontend = Owner(lake.root, "train"), MelPcen().to(device)
+    owner, view = Owner(lake.root, "train"), View(MelPcen().to(device), device, config.seed, config.pad_share)
     drawing = Drawing(
         **{"run": run_id, "seed": config.seed, "num_open": config.open_shards},
         **{"batch_size": config.chunk_size, "reuse": config.consume == "reuse"},
     )
     allocate = pinned_memory if config.device == "cuda" else ordinary_memory
+    reader = LakeReader(lake, owner, drawing, state["reader"] if state else None, allocate)
     return Run(
-        **{"config": config, "id": run_id, "learning": learning, "lake": lake, "owner": owner, "frontend": frontend},
-        validation=Validation(lake, teacher, frontend, device),
-        reader=LakeReader(lake, owner, drawing, state["reader"] if state else None, allocate),
+        **{"config": config, "id": run_id, "learning": learning, "lake": lake, "owner": owner},
+        validation=Validation(lake, teacher, view.frontend, device),
+        feed=Feed(reader, view),
         journal=Journal(config.out, learning.step),
         **({name: state[name] for name in ("best", "best_step")} if state else {}),
     )
-
-
-def pinned_memory(shape: tuple[int, int]) -> np.ndarray:
-    """[B, 32000] int16, not filled; the GPU fetches it by itself while we go on."""
-    return torch.empty(shape, dtype=torch.int16, pin_memory=True).numpy()
 
 
 def begin(run: Run, stop: StopRequest) -> bool:
@@ -285,18 +272,10 @@ def begin(run: Run, stop: StopRequest) -> bool:
         learning.held_out = run.validation.anchor_part(config.chunk_size)
     if is_new:
         clips = first_clips(run.lake, config.target_clips, config.chunk_size)
-        sample = ((ids, spectrogram_of(run, samples, ids)) for ids, samples in clips)
+        sample = ((ids, run.feed.view(samples, ids)) for ids, samples in clips)
         learning.start_with(measure(learning.teacher, config.loss, sample, config.seed))
-    run.covered, run.is_whole = run.reader.state(), True
+    run.covered, run.is_whole = run.feed.reader.state(), True
     return True
-
-
-def spectrogram_of(run: Run, samples: np.ndarray, ids: Sequence[ClipId]) -> Tensor:
-    """[B, 32000] int16 -> [B, 1, 192, 128]; int16 crosses the bus, the rest happens on the device."""
-    audio = torch.from_numpy(samples).to(run.config.device, non_blocking=True)  # [B, 32000] int16
-    run.fetched = torch.cuda.current_stream().record_event() if audio.is_cuda else None
-    audio, _ = cut_short(audio.float() / 32768, ids, seed=run.config.seed, share=run.config.pad_share)
-    return run.frontend(audio)
 
 
 def train(run: Run, stop: StopRequest) -> str:
@@ -307,9 +286,10 @@ def train(run: Run, stop: StopRequest) -> str:
     run.timed_from = (learning.samples, time.monotonic())
     while not learning.is_done():
         for _ in range(learning.begin_step().num_chunks):
-            batch = next_batch(run, stop)
+            batch = run.feed.next(stop, lambda: wait(run, stop, "no shard is ready"))
             if batch is None:
                 return leave(run, stop)
+            beat(run, is_waiting=False)
             learn_from(run, batch)
         terms = finish_step(run)
 
@@ -324,16 +304,15 @@ def train(run: Run, stop: StopRequest) -> str:
 
 def learn_from(run: Run, batch: Batch) -> None:
     """One chunk of a step."""
-    run.learning.add(spectrogram_of(run, batch.samples, batch.ids), batch.ids)
-    run.num_pending += len(batch.ids)
+    run.learning.add(run.feed.spectrogram(batch), batch.ids)
 
 
 def finish_step(run: Run) -> dict[str, Tensor]:
     """The optimiser step of the chunks, and the book of their clips. Returns the terms of the loss."""
     run.is_whole = False
     terms = run.learning.finish_step()
-    run.reader.mark_trained(run.learning.ids())
-    run.covered, run.num_pending, run.saves_here = run.reader.state(), 0, 0
+    run.feed.mark_trained(run.learning.ids())
+    run.covered, run.saves_here = run.feed.reader.state(), 0
     run.is_whole = True
     return terms
 
@@ -344,7 +323,7 @@ def leave(run: Run, stop: StopRequest) -> str:
         if run.is_whole:
             save(run)
         return "asked to stop"
-    num_left = run.reader.num_unread() + run.num_pending
+    num_left = run.feed.num_left()
     if run.learning.step == 0:
         raise UserError(
             f"the source has ended with {num_left} clips to train on, less than a batch of {run.config.batch_size()}; "
@@ -354,30 +333,10 @@ def leave(run: Run, stop: StopRequest) -> str:
     return f"the lake is drained, {num_left} clips are left over"
 
 
-def next_batch(run: Run, stop: StopRequest) -> Batch | None:
-    """The next chunk. Waits while the lake is starved; None when it is drained or we should stop.
-
-    A step that has begun is finished first if there is data for it.
-    """
-    if run.fetched:
-        run.fetched.synchronize()  # it is at the last chunk then, so it has work while we prepare the next
-    began = time.monotonic()
-    batch = None
-    while batch is None and not (stop and not run.num_pending):
-        batch = run.reader.next_batch()
-        if batch is None and (stop or run.reader.is_drained()):
-            break
-        if batch is None:
-            wait(run, stop, "no shard is ready")
-    run.waited_s += time.monotonic() - began
-    beat(run, is_waiting=False)
-    return batch
-
-
 def wait(run: Run, stop: StopRequest, reason: str) -> None:
     """A moment without data."""
     beat(run, is_waiting=True)
-    run.reader.report()
+    run.feed.reader.report()
     free_room_if_blocked(run)
     if time.monotonic() > run.say_at:
         print(f"waiting for data: {reason} in {run.config.lake}; is datalake/run_lake.py running?")
@@ -399,7 +358,7 @@ def free_room_if_blocked(run: Run) -> None:
     Otherwise lake and trainer would wait for each other. Twice, because a shard goes when the second-newest checkpoint
     covers it.
     """
-    while not run.lake.has_room() and run.reader.holds_trained_shards() and run.saves_here < 2:
+    while not run.lake.has_room() and run.feed.reader.holds_trained_shards() and run.saves_here < 2:
         save(run)
 
 
@@ -427,10 +386,10 @@ def log_step(run: Run, terms: dict[str, Tensor]) -> None:
         "lr": learning.plan.rate,
         "batch_size": learning.batch_size(),
         "clips_per_s": (learning.samples - samples) / (now - began),
-        "waited_s": run.waited_s,
+        "waited_s": run.feed.waited_s,
     }
     run.journal.log_step(learning.step, values)
-    run.reader.report()
+    run.feed.reader.report()
 
 
 def validate_and_save(run: Run) -> None:
@@ -459,7 +418,7 @@ def save(run: Run, is_best: bool = False) -> None:
     checkpoint.save(run.config.out, state)
     if is_best:
         checkpoint.keep_as_best(run.config.out)
-    run.reader.record_checkpoint()
+    run.feed.reader.record_checkpoint()
     run.saves_here += 1
 
 
@@ -485,13 +444,13 @@ def main(config: Config) -> None:
                 save(run)
             raise
         finally:
-            run.reader.close()
+            run.feed.reader.close()
             run.owner.release()
             run.journal.close()
     draw_curves(config.out)
     print(
         f"{reason}: step {run.learning.step}, {run.learning.samples} of {config.schedule.total_samples} clips, "
-        f"waited {run.waited_s:.0f} s for data; {config.out}/latest.pt"
+        f"waited {run.feed.waited_s:.0f} s for data; {config.out}/latest.pt"
     )
 
 

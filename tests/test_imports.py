@@ -26,6 +26,7 @@ ALLOWED = {
     "demo": {"synthetic", "teacher"},
     "doctor": {"demo", "files", "hub", "plan", "remote", "runlog", "shards", "sources", "teacher"},
     "drift": set(),
+    "feed": {"augment", "data", "frontend", "runlog"},
     "files": set(),
     "frontend": set(),
     "guard": {"audio", "lake", "locks", "tars"},

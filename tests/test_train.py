@@ -162,8 +162,8 @@ def test_a_run_that_is_asked_to_stop_saves_where_it_is_and_ends_as_if_it_had_not
 
 def slowly(stage) -> None:
     """A tenth of a second per step, so that a run is never over before it is killed."""
-    next_batch = stage.next_batch
-    stage.next_batch = lambda run, stop: time.sleep(0.1) or next_batch(run, stop)
+    finish_step = stage.finish_step
+    stage.finish_step = lambda run: time.sleep(0.1) or finish_step(run)
 
 
 @pytest.mark.slow

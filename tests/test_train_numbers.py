@@ -93,8 +93,7 @@ def test_trainer_and_streamer_agree_on_when_a_lake_is_full(stage, tmp_path, monk
     lake, saves = make_lake(tmp_path, shard_clips=10), []
     set_cap(tmp_path, 10 * RECORD_BYTES + 2 * END_BYTES - 1)
     monkeypatch.setattr(stage, "save", lambda run: saves.append(run) or setattr(run, "saves_here", len(saves)))
-    stage.free_room_if_blocked(
-        SimpleNamespace(lake=lake, reader=SimpleNamespace(holds_trained_shards=lambda: True), saves_here=0)
-    )
+    feed = SimpleNamespace(reader=SimpleNamespace(holds_trained_shards=lambda: True))
+    stage.free_room_if_blocked(SimpleNamespace(lake=lake, feed=feed, saves_here=0))
     lake.close()
     assert len(saves) == 2

@@ -162,7 +162,7 @@ def _witness(stage: ModuleType, path: Path) -> None:
         return train(run, stop)
 
     def listen(run: Any, batch: Any) -> None:
-        if not run.num_pending:
+        if not run.feed.num_pending:
             fed.clear()
         fed.extend(_hash(row.tobytes()) for row in batch.samples)
         learn_from(run, batch)
