@@ -70,12 +70,18 @@ def load_embedder(spec: str, device: str = "cpu") -> Embedder:
     """
     if spec in BASELINES:
         return _baseline(spec, device)
-    path, colon, output = spec.rpartition(":") if ":" in spec else (spec, "", OUTPUTS[0])
-    if path.endswith(".pt") or Path(path).is_file():
+    if _is_student(spec):
+        return _student(spec, Path(spec), OUTPUTS[0], device)
+    path, _, output = spec.rpartition(":")
+    if _is_student(path):
         if output not in OUTPUTS:
-            raise UserError(f"{spec}: a student has the outputs {' and '.join(OUTPUTS)}, found {colon}{output}")
+            raise UserError(f"{spec}: a student has the outputs {' and '.join(OUTPUTS)}, found {output!r}")
         return _student(spec, Path(path), output, device)
     return _teacher(spec, device)
+
+
+def _is_student(path: str) -> bool:
+    return path.endswith(".pt") or Path(path).is_file()
 
 
 def _fingerprint(device: str, **facts: object) -> str:

@@ -3,7 +3,7 @@
 in:   [S, n] in [-1, 1], mono, 16 kHz, of any length from one sample on
 out:  scenes [S, D]: mean over windows of 2 s, one every second; timestamps [S, t, D], one every 166.7 ms
 
-    python -m heareval.embeddings.runner hear_distill.hear_module --model runs/hear-vit-s/best.pt --tasks-dir TASKS
+heareval is given the name of this module, hear_distill.hear_module, and a checkpoint of the trainer as its model.
 
 S sounds of one length   n samples   D width of the trunk   w windows   t timestamps   H rows of 8 patches
 """

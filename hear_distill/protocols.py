@@ -74,7 +74,8 @@ def chunks(samples: np.ndarray) -> list[np.ndarray]:
 PROTOCOLS = {
     "event-peak": Protocol(
         lambda samples: one_window(samples, peak_start(samples)),
-        "one window of 2 s around the loudest 50 ms, inside the recording; zeros at the end of a shorter one",
+        "one window of 2 s around the loudest 50 ms (one begins every 10 ms), inside the recording; zeros at the end "
+        "of a shorter one",
     ),
     "event-centre": Protocol(
         lambda samples: one_window(samples, centre_start(samples)),

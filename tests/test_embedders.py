@@ -56,6 +56,12 @@ def test_a_checkpoint_gives_its_trunk_or_on_request_its_projection(tmp_path):
     assert expected[""].shape[1] == 24 and expected[":projection"].shape[1] == 512
 
 
+def test_a_colon_in_a_folders_name_is_no_output(tmp_path):
+    path = save_student(tmp_path / "lr:3e-4")
+    assert load_embedder(str(path)).width == 24
+    assert load_embedder(f"{path}:projection").width == 512
+
+
 def test_a_folder_of_hears_layout_gives_the_pooled_embedding_and_says_that_it_is_a_stand_in(teacher):
     embedder = load_embedder(str(teacher))
 
@@ -69,7 +75,7 @@ def test_a_folder_of_hears_layout_gives_the_pooled_embedding_and_says_that_it_is
     [
         ("absent.pt", CheckpointError, "no checkpoint at .*absent.pt"),
         ("absent.pt:projection", CheckpointError, "no checkpoint at .*absent.pt;"),
-        ("latest.pt:class-token", UserError, "outputs trunk and projection, found :class-token"),
+        ("latest.pt:class-token", UserError, "outputs trunk and projection, found 'class-token'"),
         ("empty", TeacherError, r"config\.json cannot be read"),
         ("text.txt", CheckpointError, "text.txt is refused"),
     ],
