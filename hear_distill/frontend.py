@@ -1,7 +1,7 @@
 """Sound in, mel-PCEN image out: what HeAR and the student see.
 
 in:   [B, n] float32, mono, 16 kHz, at any gain and offset
-out:  [B, 1, R, M] float32, never negative; 2 s of sound give R = 192 rows, low bands first
+out:  [B, 1, R, M] float32, never negative; 2 s of sound give R = 192 rows, low bands first, or, squeezed, any length
 
 B clips   n samples   T frames, 100 a second   F = 201 frequency bins   M = 128 mel bands   R = 24/25 T rows
 S = 400 samples of a frame   K = 50 frames of a block, which become 48 rows
@@ -15,13 +15,15 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import interpolate, pad
 
+VERSION = 1  # stands in the key of every stored embedding: raise it with any change that shows in the numbers
 CLIP_SAMPLES = 32_000  # 2 s; shorter sound is padded to this
 HOP_SAMPLES = 160  # 10 ms
 FRAME_SAMPLES = 400  # 25 ms
 BLOCK_FRAMES, BLOCK_ROWS = 50, 48  # half a second, 3 rows of patches
 BLOCK_SAMPLES = BLOCK_FRAMES * HOP_SAMPLES
+CLIP_ROWS = CLIP_SAMPLES // BLOCK_SAMPLES * BLOCK_ROWS  # 192
 NUM_MELS = 128
 NYQUIST_HZ = 8_000
 SMOOTHING, GAIN, BIAS, FLOOR = 0.04, 0.8, 2.0, 1e-8  # of PCEN, arXiv 1607.05666; its root is 2
@@ -69,10 +71,17 @@ def frames_of(audio: Tensor) -> Tensor:
     """
     num_samples = audio.shape[1]
     audio = pad(audio, (0, num_blocks(num_samples) * BLOCK_SAMPLES - num_samples))  # [B, 160 T]
+    return frames_without_blocks(audio)
+
+
+def frames_without_blocks(audio: Tensor) -> Tensor:
+    """[B, n] -> [B, T, S]: as published for a recording of any length of 2 s or more, T = n / 160, rounded up."""
+    num_samples = audio.shape[1]
     low = audio.amin(dim=1, keepdim=True)  # [B, 1]
     high = audio.amax(dim=1, keepdim=True)  # [B, 1]
     audio = (audio - low).mul_(2 / (high - low + 1e-8)).sub_(1)  # in place on the difference, never on the input
-    audio = pad(audio, (0, FRAME_SAMPLES - HOP_SAMPLES))  # [B, 160 T + 240]
+    num_frames = -(-num_samples // HOP_SAMPLES)
+    audio = pad(audio, (0, (num_frames - 1) * HOP_SAMPLES + FRAME_SAMPLES - num_samples))  # [B, 160 T + 240]
     return audio.unfold(1, FRAME_SAMPLES, HOP_SAMPLES)  # [B, T, S]
 
 
@@ -114,23 +123,39 @@ class MelPcen(nn.Module):
             self.register_buffer(name, value.float(), persistent=False)
 
     def forward(self, audio: Tensor) -> Tensor:
-        """[B, n] -> [B, 1, R, M]
+        """[B, n] -> [B, 1, R, M]"""
+        self._check(audio)
+        with exact_float32(audio.device.type):
+            rows = [self.resize @ pcen for pcen in self.pcen_blocks(frames_of(audio))]  # each [B, 48, M]
+        return torch.cat(rows, dim=1).unsqueeze(1)  # [B, 1, R, M]
+
+    def squeezed(self, audio: Tensor) -> Tensor:
+        """[B, n] -> [B, 1, 192, M]: the frames of a recording of any length, resized to the rows of a clip of 2 s.
+
+        What the first implementation did with whole recordings: bilinear and without a filter against aliasing, so of a
+        long recording it sees two frames in each step and none of those between. For 2 s or less it is `forward`.
+        """
+        self._check(audio)
+        audio = pad(audio, (0, max(0, CLIP_SAMPLES - audio.shape[1])))
+        with exact_float32(audio.device.type):
+            pcen = torch.cat(self.pcen_blocks(frames_without_blocks(audio)), dim=1)  # [B, T, M]
+        return interpolate(pcen.unsqueeze(1), (CLIP_ROWS, NUM_MELS), mode="bilinear")
+
+    def pcen_blocks(self, frames: Tensor) -> list[Tensor]:
+        """[B, T, S] -> blocks of [B, K, M] which together are T long; only the last may be shorter than the others.
 
         The mean of PCEN is m[t] = 0.04 e[t] + 0.96 m[t-1], and m = e in the first frame. Unrolled over a block that
         follows the mean c: m[t] = sum over k <= t of 0.04 * 0.96^(t-k) e[k] + 0.96^(t+1) c, one matmul and a carry.
         Everything else is done in the same blocks, so that memory stays small and a CPU works inside its cache.
         """
-        self._check(audio)
-        frames = frames_of(audio)  # [B, T, S]
-        rows = []
-        with exact_float32(audio.device.type):
-            mean = self.mel_energy(frames[:, :1])  # [B, 1, M]
-            for block in frames.split(BLOCK_FRAMES, dim=1):
-                energy = self.mel_energy(block)  # [B, K, M]
-                mean = torch.addcmul(self.smoother @ energy, self.decay, mean[:, -1:])
-                pcen = (energy * (FLOOR + mean).pow(-GAIN) + BIAS).sqrt() - BIAS**0.5
-                rows.append(self.resize @ pcen)  # [B, 48, M]
-        return torch.cat(rows, dim=1).unsqueeze(1)  # [B, 1, R, M]
+        mean = self.mel_energy(frames[:, :1])  # [B, 1, M]
+        blocks = []
+        for block in frames.split(BLOCK_FRAMES, dim=1):
+            energy = self.mel_energy(block)  # [B, K, M]
+            length = energy.shape[1]
+            mean = torch.addcmul(self.smoother[:length, :length] @ energy, self.decay[:length], mean[:, -1:])
+            blocks.append((energy * (FLOOR + mean).pow(-GAIN) + BIAS).sqrt() - BIAS**0.5)
+        return blocks
 
     def mel_energy(self, frames: Tensor) -> Tensor:
         """[B, T, S] -> [B, T, M]"""

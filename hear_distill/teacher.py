@@ -4,11 +4,13 @@ in:   google/hear-pytorch (1.2 GB, gated), any other model of its kind, or a fol
 out:  Teacher, which maps the spectrogram of a 2 s clip to the 512-d embedding that the student learns
 
 B clips   192 x 128 = time x mel   E = 512 embedding   N = 96 patches, 12 x 8   P = 1024 width of a token
+H x 8 patches of a clip of another length
 """
 
 import hashlib
 import json
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 from transformers import ViTConfig, ViTModel
 from transformers.utils import logging
 
@@ -31,6 +34,7 @@ from hear_distill.files import UserError
 
 logging.disable_progress_bar()  # of reading weights from the disk; downloads keep theirs
 HEAR = "google/hear-pytorch"
+PATCH, GRID_COLUMNS = 16, 8  # of HeAR: 12 x 8 patches of 16 x 16
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 MIN_COSINE = 0.999  # between centred embeddings in float32 and bfloat16
@@ -84,6 +88,8 @@ class Teacher(nn.Module):
         self.name = name
         self.revision = revision
         self.is_stand_in = is_stand_in
+        # transformers' own takes the 96 positions for a square grid, and raises.
+        model.embeddings.interpolate_pos_encoding = MethodType(stretched_positions, model.embeddings)
         self.eval()
 
     def train(self, mode: bool = True) -> "Teacher":
@@ -95,6 +101,18 @@ class Teacher(nn.Module):
         return self.model(spectrogram.to(self.model.dtype)).pooler_output
 
     @torch.no_grad()
+    def embed_any_length(self, spectrogram: Tensor) -> Tensor:
+        """[B, 1, 16 H, 128] -> [B, E]. HeAR was made for H = 12: for any other it works outside what it was trained on.
+
+        Raises ValueError unless the rows are a positive multiple of 16: transformers would drop the rest of them.
+        """
+        rows = spectrogram.shape[2]
+        if rows == 0 or rows % PATCH:
+            raise ValueError(f"the spectrogram has {rows} rows, expected a positive multiple of {PATCH}")
+        spectrogram = spectrogram.to(self.model.dtype)
+        return self.model(spectrogram, interpolate_pos_encoding=True).pooler_output
+
+    @torch.no_grad()
     def embed_with_patches(self, spectrogram: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 1, 192, 128] -> [B, E] as a plain call gives it, and [B, N, P] patch tokens, of the same forward pass.
 
@@ -102,6 +120,17 @@ class Teacher(nn.Module):
         """
         output = self.model(spectrogram.to(self.model.dtype))
         return output.pooler_output, output.last_hidden_state[:, 1:]  # [B, E], [B, N, P]
+
+
+def stretched_positions(embeddings: nn.Module, tokens: Tensor, height: int, width: int) -> Tensor:
+    """[1, 1 + H * 8, P] of [1, 97, P]: the learned grid of positions [12, 8], linear along time; as learned for H = 12.
+
+    The class token keeps its own. Called by transformers as a method, with its arguments, where its own would be.
+    """
+    learned = embeddings.position_embeddings
+    grid = learned[:, 1:].unflatten(1, (-1, GRID_COLUMNS)).permute(0, 3, 1, 2)  # [1, P, 12, 8]
+    grid = interpolate(grid, size=(height // PATCH, GRID_COLUMNS), mode="bilinear")  # [1, P, H, 8]
+    return torch.cat([learned[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
 def load_teacher(name_or_folder: str | Path, *, revision: str | None = None, device: str = "cpu") -> Teacher:

@@ -290,3 +290,42 @@ def test_no_samples_have_no_rows():
 
 def test_a_clip_of_the_audio_module_fills_the_shortest_image_without_padding():
     assert audio.CLIP_SAMPLES == CLIP_SAMPLES
+
+
+def squeezed_by_the_book(samples: np.ndarray) -> np.ndarray:
+    """[n] -> [192, 128] float64: every row of the resize from the two frames that it lies between."""
+    x = np.concatenate([samples, np.zeros(max(0, 32_000 - len(samples)))])
+    x = 2 * (x - x.min()) / (x.max() - x.min() + 1e-8) - 1
+    num_frames = (len(x) + 159) // 160
+    x = np.concatenate([x, np.zeros((num_frames - 1) * 160 + 400 - len(x))])
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)
+    power = [np.abs(np.fft.rfft(x[160 * t : 160 * t + 400] * window)) ** 2 for t in range(num_frames)]
+    frames = by_the_book.pcen(np.array(power) @ by_the_book.mel_matrix())
+    rows = []
+    for i in range(192):
+        position = min(max((i + 0.5) * num_frames / 192 - 0.5, 0), num_frames - 1)
+        below = int(position)
+        above = min(below + 1, num_frames - 1)
+        rows.append((1 - position + below) * frames[below] + (position - below) * frames[above])
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("num_samples", [1, 20_001, 32_000, 32_001, 39_999, 40_000, 160_123])
+def test_a_squeezed_recording_is_that_of_the_first_implementation_row_by_row(num_samples):
+    samples = 0.3 + bursts(num_samples, seed=num_samples)  # an offset shows zeros that take part in the normalisation
+    found = FRONT_END.squeezed(clip(samples))
+    assert found.shape == (1, 1, 192, 128) and found.dtype == torch.float32
+    np.testing.assert_allclose(found[0, 0], squeezed_by_the_book(samples), rtol=0, atol=3e-4)
+
+
+@pytest.mark.parametrize("num_samples", [5_000, 32_000])
+def test_of_two_seconds_or_less_the_squeezed_image_is_the_plain_one(num_samples):
+    samples = bursts(num_samples, 6)
+    np.testing.assert_allclose(FRONT_END.squeezed(clip(samples))[0, 0], image(samples), rtol=0, atol=1e-4)
+
+
+def test_squeezing_refuses_what_the_plain_call_refuses():
+    with pytest.raises(ValueError, match=r"expected \[clips, samples\]"):
+        FRONT_END.squeezed(torch.zeros(32_000))
+    with pytest.raises(ValueError, match=r"expected torch.float32"):
+        FRONT_END.squeezed(torch.zeros(1, 32_000, dtype=torch.float64))

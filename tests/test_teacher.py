@@ -1,5 +1,6 @@
 """The teacher: what is loaded is what was saved, all else is refused, and every failure at the hub has a way out."""
 
+import copy
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -203,6 +205,55 @@ def test_damaged_or_incomplete_folders_are_refused(tmp_path):
 def test_a_missing_folder_is_named_without_asking_the_hub(tmp_path):
     with pytest.raises(TeacherError, match=r"no folder .*/nothing, and no id on the hub either.*\n.*make demo"):
         load_teacher(tmp_path / "nothing")
+
+
+def stretched_by_the_book(positions: np.ndarray, rows: int) -> np.ndarray:
+    """[1 + 96, P] -> [1 + 8 rows, P]: token by token, linear along time, pixel centres aligned, held at the ends."""
+    stretched = [positions[0]]
+    for row in range(rows):
+        place = min(max((row + 0.5) * 12 / rows - 0.5, 0), 11)
+        below = int(place)
+        above = min(below + 1, 11)
+        for column in range(8):
+            low, high = positions[1 + 8 * below + column], positions[1 + 8 * above + column]
+            stretched.append((1 - place + below) * low + (place - below) * high)
+    return np.array(stretched)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [3, 12, 15, 37])
+def test_any_length_gives_what_a_vit_of_that_length_with_stretched_positions_gives(tmp_path, rows):
+    model = save_vit(tmp_path)
+    other = ViTModel(ViTConfig(**SMALLEST | {"image_size": (16 * rows, 128)})).eval()
+    weights = model.state_dict()
+    positions = stretched_by_the_book(weights["embeddings.position_embeddings"][0].double().numpy(), rows)
+    weights["embeddings.position_embeddings"] = torch.from_numpy(positions).float()[None]
+    other.load_state_dict(weights)
+    image = torch.rand(2, 1, 16 * rows, 128, generator=torch.Generator().manual_seed(rows)) * 3
+
+    found = load_teacher(tmp_path).embed_any_length(image)
+
+    torch.testing.assert_close(found, other(image).pooler_output, atol=1e-5, rtol=1e-5)
+
+
+def test_two_seconds_give_the_same_at_any_length_as_in_a_plain_call_also_of_a_copy(tmp_path):
+    save_vit(tmp_path)
+    teacher = load_teacher(tmp_path)
+    plain = teacher(spectrogram())
+    torch.testing.assert_close(teacher.embed_any_length(spectrogram()), plain, atol=1e-6, rtol=1e-6)
+
+    copied = copy.deepcopy(teacher)
+    copied.model.embeddings.position_embeddings.data.mul_(-1)
+    changed = copied.embed_any_length(spectrogram())
+    torch.testing.assert_close(changed, copied(spectrogram()), atol=1e-6, rtol=1e-6)
+    assert (changed - plain).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("rows", [0, 15, 200])
+def test_rows_that_fill_no_patches_are_refused_at_any_length(tmp_path, rows):
+    save_vit(tmp_path)
+    with pytest.raises(ValueError, match=f"has {rows} rows, expected a positive multiple of 16"):
+        load_teacher(tmp_path).embed_any_length(torch.zeros(1, 1, rows, 128))
 
 
 # ----------------------------------------------------------------------------------------- stand-in and random weights
