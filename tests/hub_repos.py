@@ -19,7 +19,11 @@ class File:
 
 
 class Repo:
-    """A folder and every listing that it was seen with, by the sha of that listing."""
+    """A folder and every listing that it was seen with, by the sha of that listing.
+
+    What lies below `refs/` is not in main: `refs/convert/parquet` is the branch of that name, as the hub makes one of
+    a dataset that is not Parquet. Its paths keep that prefix here, which they do not have on the hub.
+    """
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
@@ -32,8 +36,18 @@ class Repo:
 
     def main(self) -> str:
         """The sha of the folder as it is now."""
+        return self._sha_of([path for path in self.folder.rglob("*") if not path.is_relative_to(self.folder / "refs")])
+
+    def commit_of(self, revision: str) -> str:
+        """The sha of a branch, as it is now; any other revision is taken for a sha."""
+        if revision == "main":
+            return self.main()
+        is_branch = revision.startswith("refs/") and (self.folder / revision).is_dir()
+        return self._sha_of(list((self.folder / revision).rglob("*"))) if is_branch else revision
+
+    def _sha_of(self, paths: list[Path]) -> str:
         with self._lock:
-            files = sorted(path for path in self.folder.rglob("*") if path.is_file())
+            files = sorted(path for path in paths if path.is_file())
             listing = {path.relative_to(self.folder).as_posix(): self._look(path) for path in files}
             text = "".join(f"{name}\0{file.num_bytes}\0{file.sha256}\n" for name, file in listing.items())
             sha = hashlib.sha1(text.encode()).hexdigest()

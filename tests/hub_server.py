@@ -7,9 +7,9 @@
 It speaks what huggingface_hub 2.4 asks for: the facts of a repository, its tree in pages, paths-info, and files behind
 a redirect to a signed address that serves byte ranges. As on the real hub that address is of another origin (a second
 port), so a client is to leave its token behind. Every file is served as an LFS file is. Revisions are `main`, which
-follows the folder, and the 40 digits of every listing that was ever seen. Files may be added (by renaming them into the
-folder) and removed, never changed: a file that a revision lists and the folder lacks gets no answer, and leaving the
-`with` block raises. A large file costs one SHA-256.
+follows the folder, branches below `refs/` (see Repo), and the 40 digits of every listing that was ever seen. Files may
+be added (by renaming them into the folder) and removed, never changed: a file that a revision lists and the folder
+lacks gets no answer, and leaving the `with` block raises. A large file costs one SHA-256.
 
 What a client is told is noted before the bytes leave, so a test may look at `requests` and `bytes_sent` at any time.
 """
@@ -179,7 +179,7 @@ class HubServer:
         if ask.kind != "info" and ask.repo in self._gated and ask.token not in self._gated[ask.repo]:
             message = f"Access to {ask.type} {ask.repo} is restricted."
             return refusal(403 if ask.token else 401, "GatedRepo", message)
-        sha = repo.main() if ask.revision == "main" else ask.revision
+        sha = repo.commit_of(ask.revision)
         if sha not in repo.listings:
             return refusal(404, "RevisionNotFound", f"Invalid rev id: {ask.revision}")
         listing, commit = repo.listings[sha], {"X-Repo-Commit": sha}
