@@ -16,6 +16,7 @@ ALLOWED = {
     "audio": {"mp3"},
     "augment": set(),
     "backup": {"files"},
+    "bootstrap": set(),
     "checkpoint": {"files"},
     "children": {"files", "runlog"},
     "cli": {"files"},
@@ -26,6 +27,9 @@ ALLOWED = {
     "demo": {"synthetic", "teacher"},
     "doctor": {"demo", "files", "hub", "plan", "remote", "runlog", "shards", "sources", "teacher"},
     "drift": set(),
+    "ensemble": {"probes"},
+    "evaluation_pictures": {"evaluation_report", "files", "measure"},
+    "evaluation_report": {"bootstrap", "measure", "published"},
     "files": set(),
     "frontend": set(),
     "guard": {"audio", "lake", "locks", "tars"},
@@ -40,13 +44,18 @@ ALLOWED = {
     "ledger": {"files", "locks", "schema"},
     "locks": {"files"},
     "losses": set(),
+    "measure": {"bootstrap", "ensemble", "metrics", "neighbours", "paper_probe", "probes", "splits"},
+    "metrics": set(),
     "mp3": set(),
+    "neighbours": {"probes"},
     "noise_scale": set(),
     "objective": {"losses", "student", "targets", "teacher"},
     "pace": {"critical_lr", "noise_scale", "schedule"},
+    "paper_probe": {"probes"},
     "plan": {"audio", "files", "room", "runlog", "shards", "status", "synthetic"},
     "plots": {"files", "runlog"},
-    "probes": set(),
+    "probes": {"bootstrap", "files", "metrics"},
+    "published": set(),
     "rebuild": {"audio", "backup", "files", "lake", "schema", "shards", "sources"},
     "remote": {"files", "tars"},
     "repair": {"backup", "files", "lake", "locks", "rebuild", "shards"},
@@ -57,6 +66,7 @@ ALLOWED = {
     "schema": set(),
     "shards": {"audio"},
     "sources": {"files", "hub", "remote", "tars"},
+    "splits": {"probes"},
     "status": {"drift", "files", "history", "lake", "locks", "runlog", "schema"},
     "stop": {"files", "lake", "locks", "runlog", "status"},
     "student": {"checkpoint"},
@@ -114,7 +124,7 @@ HEAVY = ("torch", "torchaudio", "transformers", "huggingface_hub", "datasets", "
 
 def source_files() -> list[Path]:
     """Every Python file of the repository."""
-    folders = (".", "datalake", "hear_distill", "tests", "tests/reference", "benchmarks")
+    folders = (".", "datalake", "hear_distill", "tests", "tests/reference", "benchmarks", "experiments")
     return [path for folder in folders for path in sorted((ROOT / folder).glob("*.py"))]
 
 
