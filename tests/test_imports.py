@@ -16,6 +16,7 @@ ALLOWED = {
     "audio": {"mp3"},
     "augment": set(),
     "backup": {"files"},
+    "bootstrap": set(),
     "checkpoint": {"files"},
     "children": {"files", "runlog"},
     "circor": {"tabular", "tasks"},
@@ -32,6 +33,9 @@ ALLOWED = {
     "embedders": {"checkpoint", "files", "frontend", "student", "teacher"},
     "embedding_cache": {"files"},
     "eval_datasets": {"circor", "coswara", "flusense", "fsd50k", "icbhi", "tabular", "tasks"},
+    "ensemble": {"probes"},
+    "evaluation_pictures": {"evaluation_report", "files", "measure"},
+    "evaluation_report": {"bootstrap", "measure", "published"},
     "files": set(),
     "flusense": {"audio", "hub_files", "tabular", "tasks"},
     "frontend": set(),
@@ -51,14 +55,20 @@ ALLOWED = {
     "ledger": {"files", "locks", "schema"},
     "locks": {"files"},
     "losses": set(),
+    "measure": {"bootstrap", "ensemble", "metrics", "neighbours", "paper_probe", "probes", "splits"},
+    "metrics": set(),
     "mp3": set(),
+    "neighbours": {"probes"},
     "noise_scale": set(),
     "objective": {"losses", "student", "targets", "teacher"},
     "pace": {"critical_lr", "noise_scale", "schedule"},
+    "paper_probe": {"probes"},
     "plan": {"audio", "files", "room", "runlog", "shards", "status", "synthetic"},
     "plots": {"files", "runlog"},
     "probes": set(),
     "protocols": {"audio", "embedders", "files", "frontend", "tasks"},
+    "probes": {"bootstrap", "files", "metrics"},
+    "published": set(),
     "rebuild": {"audio", "backup", "files", "lake", "schema", "shards", "sources"},
     "remote": {"files", "tars"},
     "repair": {"backup", "files", "lake", "locks", "rebuild", "shards"},
@@ -69,6 +79,7 @@ ALLOWED = {
     "schema": set(),
     "shards": {"audio"},
     "sources": {"files", "hub", "remote", "tars"},
+    "splits": {"probes"},
     "status": {"drift", "files", "history", "lake", "locks", "runlog", "schema"},
     "stop": {"files", "lake", "locks", "runlog", "status"},
     "student": {"checkpoint"},
@@ -128,7 +139,7 @@ HEAVY = ("torch", "torchaudio", "transformers", "huggingface_hub", "datasets", "
 
 def source_files() -> list[Path]:
     """Every Python file of the repository."""
-    folders = (".", "datalake", "hear_distill", "tests", "tests/reference", "benchmarks")
+    folders = (".", "datalake", "hear_distill", "tests", "tests/reference", "benchmarks", "experiments")
     return [path for folder in folders for path in sorted((ROOT / folder).glob("*.py"))]
 
 

@@ -1,24 +1,26 @@
-"""Linear probes, average precision and the bootstrap, on embeddings whose answer is known."""
+"""Linear probes on embeddings whose answer is known."""
 
 from functools import partial
 
 import numpy as np
 import pytest
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import average_precision_score
 from sklearn.pipeline import Pipeline
 
 from hear_distill import probes
+from hear_distill.metrics import average_precision
 from hear_distill.probes import (
     PENALTIES,
+    Leak,
     NotMeasurable,
-    average_precision,
     choose_and_fit,
-    draw_groups,
+    fit_ridge,
     grouped_folds,
     held_out_scores,
-    interval,
     linear_probe,
+    logistic_path,
+    scores_of_masks,
     task_folds,
 )
 from tests.reference import metrics as by_the_book
@@ -33,30 +35,6 @@ def plain_ap(is_positive: np.ndarray, scores: np.ndarray) -> float:
 def probed_ap(features: np.ndarray, is_positive: np.ndarray, groups: np.ndarray) -> float:
     folds = task_folds(is_positive, groups, None, seed=0)
     return plain_ap(is_positive, held_out_scores(features, is_positive, groups, folds, FIT))
-
-
-@pytest.mark.parametrize("num_levels", [2, 7, 10**9], ids=["two scores", "many ties", "hardly a tie"])
-@pytest.mark.parametrize("seed", range(5))
-def test_average_precision_is_the_sum_over_thresholds(num_levels, seed):
-    rng = np.random.default_rng(seed)
-    is_positive = rng.random(83) < 0.2
-    scores = rng.integers(num_levels, size=83) - num_levels / 3
-
-    found = plain_ap(is_positive, scores)
-
-    assert found == pytest.approx(by_the_book.average_precision(is_positive, scores), abs=1e-12)
-    assert found == pytest.approx(average_precision_score(is_positive, scores), abs=1e-12)
-
-
-def test_a_row_of_weight_k_counts_as_k_rows():
-    rng = np.random.default_rng(0)
-    is_positive, scores = rng.random(50) < 0.3, rng.integers(12, size=50) / 7
-    weights = rng.integers(4, size=(20, 50))  # a quarter of the rows is left out of each draw
-
-    found = average_precision(is_positive, scores, weights)
-
-    expected = [by_the_book.average_precision(is_positive.repeat(w), scores.repeat(w)) for w in weights]
-    np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 def test_an_embedding_that_holds_the_label_scores_one():
@@ -163,7 +141,7 @@ def test_a_group_in_two_folds_is_refused():
     features, is_positive, groups = example()
     folds = groups % 4
     folds[30] += 1
-    with pytest.raises(AssertionError, match="a group is in fold"):
+    with pytest.raises(Leak, match="1 of 24 groups are on both sides of a split, such as 10"):
         held_out_scores(features, is_positive, groups, folds, FIT)
 
 
@@ -205,45 +183,58 @@ def test_a_label_that_every_group_holds_beside_others_can_be_measured(prescribed
     assert plain_ap(rows % 3 == 0, held_out_scores(features, rows % 3 == 0, rows // 3, folds, FIT)) == 1
 
 
-def test_a_draw_takes_whole_groups_with_replacement_and_is_the_same_again_under_its_seed():
-    _, is_positive, groups = example()
-    draws = draw_groups(is_positive[:, None], groups, 300, seed=3)
-
-    assert (draws[0] == 1).all() and draws.shape == (301, 72)
-    by_group = draws[1:].reshape(300, 24, 3)  # the rows of one group lie side by side
-    assert (by_group == by_group[:, :, :1]).all()
-    assert (by_group[:, :, 0].sum(axis=1) == 24).all() and by_group.max() > 2
-    assert (draws == draw_groups(is_positive[:, None], groups, 300, seed=3)).all()
-    assert (draws != draw_groups(is_positive[:, None], groups, 300, seed=4)).any()
-
-
-def test_every_draw_holds_positives_of_every_task():
-    groups = np.arange(30)
-    tasks = np.stack([groups == 4, groups > 27], axis=1)  # a third of all draws lacks the first of them
-    assert (draw_groups(tasks, groups, 200, seed=0) @ tasks > 0).all()
+def test_a_warm_start_ends_where_a_cold_one_does():
+    features, is_positive, _ = example()
+    warm = list(logistic_path(features, is_positive, PENALTIES, 0))
+    for penalty, probe in zip(PENALTIES, warm, strict=True):
+        mean, deviation = features.mean(axis=0), features.std(axis=0)
+        cold = LogisticRegression(C=1 / (penalty * 72), class_weight="balanced", tol=1e-9, max_iter=10_000)
+        expected = cold.fit((features - mean) / deviation, is_positive).decision_function((features - mean) / deviation)
+        np.testing.assert_allclose(probe.decision_function(features), expected, atol=0.02 * np.abs(expected).max())
+    assert len({float(probe[1].coef_[0, 0]) for probe in warm}) == len(PENALTIES)  # not one object six times
 
 
-def test_the_interval_over_groups_covers_the_truth_and_that_over_rows_does_not():
-    """25 people of 8 nearly equal recordings each: 200 rows, but not 200 pieces of evidence."""
+def test_rows_of_an_official_test_part_are_scored_by_a_probe_of_the_others_and_only_these_are():
+    features, is_positive, groups = example()
+    is_test = groups % 3 == 1
+
+    scores = scores_of_masks(features, is_positive, groups, [is_test], FIT)
+
+    expected = FIT(features[~is_test], is_positive[~is_test], groups[~is_test]).decision_function(features[is_test])
+    np.testing.assert_array_equal(scores[is_test], expected)
+    assert np.isnan(scores[~is_test]).all()
+    is_test[groups == 6] = [True, False, True]
+    with pytest.raises(Leak, match="1 of 24 groups are on both sides"):
+        scores_of_masks(features, is_positive, groups, [is_test], FIT)
+
+
+def test_ridge_takes_the_penalty_with_the_lowest_absolute_error_over_grouped_folds():
     rng = np.random.default_rng(0)
+    groups = np.arange(90) // 3
+    features = rng.normal([0, 5, 0], [1, 1, 200], (90, 3))
+    target = 3 + 2 * features[:, 0] - 0.01 * features[:, 2] + rng.normal(0, 2, 90)
+    folds = grouped_folds(target, groups, 5, seed=0)
+    errors = {}
+    for penalty in PENALTIES:
+        errors[penalty] = []
+        for fold in range(5):
+            x, y = features[folds != fold], target[folds != fold]
+            mean, deviation = x.mean(axis=0), x.std(axis=0)
+            model = Ridge(alpha=penalty * 90).fit((x - mean) / deviation, y)
+            predicted = model.predict((features[folds == fold] - mean) / deviation)
+            errors[penalty].append(np.abs(predicted - target[folds == fold]).mean())
+        errors[penalty] = np.mean(errors[penalty])
 
-    def population(num_people: int) -> tuple[np.ndarray, np.ndarray]:
-        is_ill = np.arange(num_people) % 3 == 0
-        score = rng.normal(1.2 * is_ill)
-        return is_ill.repeat(8), (score.repeat(8) + rng.normal(0, 0.1, 8 * num_people))
+    found = fit_ridge(features, target, groups, seed=0)
 
-    truth = plain_ap(*population(200_000))
-    covered = {"groups": 0, "rows": 0}
-    for seed in range(100):
-        is_positive, scores = population(25)
-        for unit, groups in (("groups", np.arange(200) // 8), ("rows", np.arange(200))):
-            draws = draw_groups(is_positive[:, None], groups, 200, seed)
-            found = interval(average_precision(is_positive, scores, draws))
-            covered[unit] += found.low <= truth <= found.high
-
-    assert covered["groups"] >= 85  # 95 in the limit of many people
-    assert covered["rows"] <= 65
+    assert found.search.best_params_["ridge__alpha"] / 90 == pytest.approx(min(errors, key=errors.get))
+    assert np.corrcoef(found.decision_function(features), target)[0, 1] > 0.7
 
 
-def test_the_interval_is_the_first_draw_between_the_percentiles_of_the_others():
-    assert interval(np.array([7.0, *range(201)])) == (7.0, 5.0, 195.0)
+def test_folds_of_a_quantity_hold_equal_shares_of_its_range_and_of_each_class():
+    groups = np.arange(100).repeat(2)
+    age = np.random.default_rng(0).permutation(100).repeat(2).astype(float)
+    folds = grouped_folds(age, groups, 5, seed=0)
+    assert all(abs(age[folds == fold].mean() - 49.5) < 3 for fold in range(5))
+    folds = grouped_folds(age // 20, groups, 5, seed=0)  # five classes of twenty groups
+    assert all((age[folds == fold] // 20 == kind).sum() == 8 for fold in range(5) for kind in range(5))
