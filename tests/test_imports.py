@@ -65,7 +65,6 @@ ALLOWED = {
     "paper_probe": {"probes"},
     "plan": {"audio", "files", "room", "runlog", "shards", "status", "synthetic"},
     "plots": {"files", "runlog"},
-    "probes": set(),
     "protocols": {"audio", "embedders", "files", "frontend", "tasks"},
     "probes": {"bootstrap", "files", "metrics"},
     "published": set(),
