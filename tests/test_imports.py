@@ -28,6 +28,7 @@ ALLOWED = {
     "drift": set(),
     "feed": {"augment", "data", "frontend", "runlog"},
     "files": set(),
+    "fit": {"files", "frontend", "learning", "objective", "teacher"},
     "frontend": set(),
     "guard": {"audio", "lake", "locks", "tars"},
     "history": {"files"},
