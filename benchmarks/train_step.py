@@ -2,7 +2,7 @@
 
 in:   nothing; a lake of noise and models with random weights are made here
 out:  a table, and as the last line of stdout JSON
-cost: a minute on a CPU; of the full size 3 GiB of memory there, and minutes; on a GPU not measured
+cost: 78 s on a busy CPU; the full size was not finished there in ten minutes, and on a GPU it was not measured
 
     python benchmarks/train_step.py                                        # the demo's sizes, on a CPU
     python benchmarks/train_step.py --size full --device cuda              # the published sizes
