@@ -29,6 +29,7 @@ from hear_distill.critical_lr import NUM_KEPT
 from hear_distill.data import Batch, Drawing, LakeReader, ordinary_memory
 from hear_distill.feed import Feed, View, pinned_memory
 from hear_distill.files import UserError
+from hear_distill.fit import chunk_that_fits, rehearse_steps
 from hear_distill.frontend import MelPcen
 from hear_distill.journal import Journal
 from hear_distill.lake import Lake
@@ -42,7 +43,7 @@ from hear_distill.runlog import StopRequest, write_config
 from hear_distill.sample import first_clips, has_sample, num_ready
 from hear_distill.schedule import Control, Schedule
 from hear_distill.student import SIZES, StudentConfig
-from hear_distill.teacher import load_teacher, to_bfloat16
+from hear_distill.teacher import Teacher, load_teacher, to_bfloat16
 from hear_distill.validation import Validation
 
 BEST_LOSS = LossConfig(patch=0.5, weighting="balanced")
@@ -71,7 +72,7 @@ class Config:
     device: Literal["cuda", "cpu"] = "cuda"
     """cpu is for the demo and for debugging"""
     chunk_size: int = 256
-    """clips in one backward pass"""
+    """clips in one backward pass; halved at the start until they fit into the GPU's memory, with twice the chunks"""
     chunks: int = 2
     """chunks in one step, at first; two or more, so that the noise of the gradient can be measured"""
     controller: ControllerName = "off"
@@ -214,6 +215,26 @@ def refuse_another(config: Config, state: dict[str, Any], lake: Lake) -> None:
         )
 
 
+def new_learning(config: Config, teacher: Teacher) -> Learning:
+    """Before its first step, compiled on a GPU."""
+    pace = Pace(config.control(), config.controller, config.warmup == "critical", torch.device(config.device))
+    learning = Learning(teacher, config.model, config.loss, pace, config.weight_decay, config.seed)
+    if config.device == "cuda":
+        learning.learner.compile(dynamic=False)
+    return learning
+
+
+def fitted(config: Config, teacher: Teacher) -> Config:
+    """The same batch in chunks that fit into the memory of the GPU."""
+
+    def rehearse(size: int) -> None:
+        smaller = dataclasses.replace(config, chunk_size=size, chunks=2)
+        rehearse_steps(new_learning(smaller, teacher), size, config.target_clips)
+
+    size = chunk_that_fits(config.chunk_size, config.loss, torch.device(config.device), rehearse)
+    return dataclasses.replace(config, chunk_size=size, chunks=config.chunks * config.chunk_size // size)
+
+
 def open_run(config: Config) -> Run:
     """Begin a run, or take it up where its newest whole checkpoint left it."""
     device = torch.device(config.device)
@@ -225,19 +246,18 @@ def open_run(config: Config) -> Run:
     teacher = load_teacher(config.teacher, revision=revision, device=device)
     if state and teacher.revision != state["teacher_revision"]:
         raise UserError(f"{config.out} learned from another teacher, {state['teacher_revision']}; choose another --out")
+    if config.device == "cuda":
+        teacher.model.compile(dynamic=False)
+    config = fitted(config, teacher)
     run_id = state["run"] if state else uuid.uuid4().hex
     write_config(config.out, config, teacher_revision=teacher.revision, run_id=run_id, is_stand_in=teacher.is_stand_in)
 
-    pace = Pace(config.control(), config.controller, config.warmup == "critical", device)
-    learning = Learning(teacher, config.model, config.loss, pace, config.weight_decay, config.seed)
+    learning = new_learning(config, teacher)
     if state:
         learning.load_state_dict(state)
         print(f"resuming {config.out} at step {learning.step}, {learning.samples} clips")
         if state["best_step"] == learning.step and path.name == checkpoint.LATEST:
             checkpoint.keep_as_best(config.out)  # a kill may have come between the two names
-    if config.device == "cuda":
-        learning.learner.compile(dynamic=False)
-        teacher.model.compile(dynamic=False)
 
     owner, view = Owner(lake.root, "train"), View(MelPcen().to(device), device, config.seed, config.pad_share)
     drawing = Drawing(

@@ -19,7 +19,6 @@ import json
 import os
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from hashlib import file_digest
 from pathlib import Path
@@ -27,15 +26,16 @@ from statistics import mean, median
 
 import numpy as np
 import webdataset
+from noise_lake import make_lake
 
 from hear_distill.audio import CLIP_SAMPLES
 from hear_distill.data import AHEAD_CLIPS, Drawing, LakeReader
 from hear_distill.lake import Lake
 from hear_distill.locks import Owner
-from hear_distill.schema import TRAIN, Identity, Part
-from hear_distill.shards import WAV_HEADER, Clip, read_infos, shard_bytes, write_shard
+from hear_distill.schema import TRAIN
+from hear_distill.shards import WAV_HEADER, read_infos
 
-NUM_SHARDS, SHARD_CLIPS, RECORDING_CLIPS = 8, 512, 5  # a recording of the dataset lasts 10 s, so it gives 5 clips
+NUM_SHARDS, SHARD_CLIPS = 8, 512
 NUM_CLIPS = NUM_SHARDS * SHARD_CLIPS
 BATCH = 128
 NUM_OPEN = 4
@@ -44,24 +44,6 @@ STEP_S = BATCH / 4_000  # of a GPU that takes 4,000 clips/s
 WARM_UP = 1
 
 Batches = Iterable[tuple[np.ndarray, list[str]]]  # samples [B, 32000] int16, clip ids
-
-
-def make_lake(root: Path) -> Lake:
-    """A lake whose source is read to the end, all of it ready."""
-    identity = Identity("noise", "none", 0, CLIP_SAMPLES, SHARD_CLIPS, 0.0, 0)
-    limits = {"cap_bytes": 2**40, "reservation_bytes": shard_bytes(SHARD_CLIPS), "max_workers": 1}
-    lake = Lake.create(root, identity, {"noise.tar": 1}, **limits)
-    lake.db.execute("UPDATE tars SET state = 'done'")
-    for number in range(NUM_SHARDS):
-        noise = np.random.default_rng(number).integers(-20_000, 20_000, (SHARD_CLIPS, CLIP_SAMPLES), np.int16)
-        clips = [
-            Clip("noise.tar", f"{number}-{i // RECORDING_CLIPS}", i % RECORDING_CLIPS * CLIP_SAMPLES, 10.0, "", samples)
-            for i, samples in enumerate(noise)
-        ]
-        shard_id = lake.begin_shard("benchmark", shard_bytes(SHARD_CLIPS))
-        digest = write_shard(lake.path(shard_id, TRAIN, ".tar.part"), clips)
-        lake.publish(shard_id, [Part(TRAIN, SHARD_CLIPS, shard_bytes(SHARD_CLIPS), digest)], [], Counter())
-    return lake
 
 
 class Ours:
@@ -186,7 +168,7 @@ def in_turns(candidates: dict[str, Callable[[], float]], rounds: int) -> dict[st
 
 def main(rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        lake = make_lake(Path(folder) / "lake")
+        lake = make_lake(Path(folder) / "lake", NUM_SHARDS, SHARD_CLIPS)
         paths = [str(shard.path) for shard in lake.ready(TRAIN)]
         mixing = check_and_mix(lake, paths)
         candidates = {

@@ -40,8 +40,9 @@ class Chunk:
     """One backward pass of a step."""
 
     ids: Sequence[ClipId]
-    spectrogram: Tensor
-    """[B, 1, 192, 128]"""
+    spectrogram: Tensor | None
+    """[B, 1, 192, 128]; None, and targets without patches, unless the step looks for the critical rate: they are 0.5 MB
+    a clip, and a step may have many chunks"""
     targets: Targets
     terms: dict[str, Tensor]
     """without gradient"""
@@ -83,6 +84,8 @@ class Learning:
         self.watch = StepWatch(self.device)
         self.objective: Objective | None = None
         self.step = self.samples = 0
+        self.is_bfloat16 = self.device.type == "cuda"
+        """whether the learner computes in bfloat16 where autocast has it so; its weights are float32"""
         self.held_out: Tensor | None = None
         """[B, 1, 192, 128] that no step sees, for the critical rate"""
 
@@ -104,16 +107,19 @@ class Learning:
         self.plan = self.pace.plan(self.samples)
         self.gradients = ChunkGradients(self.optimizer)
         self.chunks: list[Chunk] = []
+        self.wants_probe = self.pace.wants_probe(self.samples, self.plan.num_chunks)
         return self.plan
 
     def add(self, spectrogram: Tensor, ids: Sequence[ClipId]) -> None:
         """Forward and backward pass of one chunk, [B, 1, 192, 128]."""
         targets = self.objective.targets_of(spectrogram, ids)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_bfloat16):
             losses = self.losses_of(spectrogram, targets)
         losses.terms["loss"].backward()
         self.gradients.add()
         terms = {name: term.detach() for name, term in losses.terms.items()}
+        if not self.wants_probe:
+            spectrogram, targets = None, Targets(targets.embedding, None)
         self.chunks.append(Chunk(ids, spectrogram, targets, terms, losses.pulls))
 
     def losses_of(self, spectrogram: Tensor, targets: Targets) -> Losses:
@@ -132,7 +138,7 @@ class Learning:
         grad_norm = nn.utils.clip_grad_norm_(self.learner.parameters(), MAX_GRAD_NORM)
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.rate
-        if self.pace.wants_probe(self.samples, self.plan.num_chunks):
+        if self.wants_probe:
             self._probe()
         is_bad = step_if_finite(self.optimizer, grad_norm)
 

@@ -90,7 +90,8 @@ def squared_norms(optimizer: torch.optim.Optimizer) -> Tensor:
             if not all(states):
                 preconditioned.append(torch.full_like(plain[-1], torch.nan))
                 continue
-            v_hat_over_v = 1 / (1 - group["betas"][1] ** states[0]["step"].to(gradients[0].device).double())
+            step = states[0]["step"].to(gradients[0].device, non_blocking=True)
+            v_hat_over_v = 1 / (1 - group["betas"][1] ** step.double())
             scaled = torch._foreach_sqrt([state["exp_avg_sq"] for state in states])
             torch._foreach_mul_(scaled, v_hat_over_v.sqrt().float())
             torch._foreach_add_(scaled, group["eps"])

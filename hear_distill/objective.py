@@ -170,12 +170,13 @@ class Objective:
     def targets_of(self, spectrogram: Tensor, ids: Sequence[ClipId] = ()) -> Targets:
         """[B, 1, 192, 128] -> what the teacher says. A clip of the sample gets the very embedding measured then."""
         places = [(place, self.known_rows[i]) for place, i in enumerate(ids) if i in self.known_rows]
+        # Without non_blocking, and where a list is an index, the copy would wait for all that the GPU has been given.
+        at, rows = torch.tensor(places, dtype=torch.int64).reshape(-1, 2).T.to(self.known.device, non_blocking=True)
         if len(places) == len(spectrogram) and self.patches is None:
-            return Targets(self.known[[row for _, row in places]], None)
+            return Targets(self.known[rows], None)
         embedding, patches = embed(self.teacher, spectrogram, self.patches is not None)
         embedding = self.statistics.standardise(embedding)  # [B, E]
         if places:
-            at, rows = torch.tensor(places).T.to(embedding.device)
             embedding = embedding.index_copy(0, at, self.known[rows])
         return Targets(embedding, self.patches.standardise(patches) if self.patches else None)
 

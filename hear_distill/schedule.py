@@ -142,15 +142,17 @@ def batch(control: Control, state: State, samples: int, noise_batch: float) -> t
     (arXiv 1812.06162). The rate is the schedule's, mapped to the batch by the square root, Adam's rule below the noise
     batch (arXiv 2205.10287): at the first batch nothing is changed.
     """
-    state = {"num_chunks": control.base_chunks, "agreeing": 0, "checked_at": -math.inf, **state}
+    base = control.base_chunks * control.chunk_samples
+    state = {"batch_samples": base, "agreeing": 0, "checked_at": -math.inf, **state}
     if _is_time_to_look(control, state, samples):
-        doubled = 2 * state["num_chunks"]
-        agreeing = state["agreeing"] + 1 if noise_batch >= doubled * control.chunk_samples else 0
-        if agreeing >= NUM_AGREEING and doubled <= control.max_chunks:
-            state |= {"num_chunks": doubled}
+        doubled = 2 * state["batch_samples"]
+        agreeing = state["agreeing"] + 1 if noise_batch >= doubled else 0
+        if agreeing >= NUM_AGREEING and doubled <= control.max_chunks * control.chunk_samples:
+            state |= {"batch_samples": doubled}
             agreeing = 0
         state |= {"agreeing": agreeing, "checked_at": samples}
-    num_chunks = int(state["num_chunks"])
+    # In clips, not in chunks, as a resumed run may have chunks of another size.
+    num_chunks = max(control.base_chunks, round(state["batch_samples"] / control.chunk_samples))
     return _plan(control, samples, num_chunks, min(MAX_REMAP, math.sqrt(num_chunks / control.base_chunks))), state
 
 

@@ -38,6 +38,7 @@ ALLOWED = {
     "evaluation_report": {"bootstrap", "measure", "published"},
     "files": set(),
     "flusense": {"audio", "hub_files", "tabular", "tasks"},
+    "fit": {"files", "frontend", "learning", "objective", "teacher"},
     "frontend": set(),
     "fsd50k": {"hub_files", "tabular", "tasks"},
     "guard": {"audio", "lake", "locks", "tars"},

@@ -96,6 +96,18 @@ def test_two_chunks_have_the_gradient_of_their_clips_in_one(frozen):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("is_critical", [False, True])
+def test_a_step_keeps_what_is_large_of_its_chunks_only_where_it_looks_for_the_critical_rate(frozen, is_critical):
+    """Else a batch that a controller has grown would need more memory than the first one."""
+    learning = learning_of(frozen, BEST, is_critical, warmup_samples=0)
+    learning.pace.control = replace(learning.pace.control, check_samples=16)  # at every second step
+    for looks in (False, is_critical):
+        step(learning, int(looks))
+        kept = [(chunk.spectrogram is not None, chunk.targets.patches is not None) for chunk in learning.chunks]
+        assert kept == [(looks, looks)] * 2
+    assert len(learning.pace.training.probes) == is_critical
+
+
 def test_the_queue_changes_after_the_step_and_takes_the_clips_of_all_chunks(frozen):
     learning = learning_of(frozen, BEST)
     before = learning.objective.queue.rows.clone()

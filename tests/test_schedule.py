@@ -145,6 +145,16 @@ def test_the_rate_for_a_grown_batch_is_at_most_four_times_the_schedules():
     assert max(plan.rate for plan in plans) == pytest.approx(4 * PEAK)
 
 
+@pytest.mark.parametrize(("chunk_samples", "expected"), [(32, [8, 16]), (16, [16, 32]), (64, [4, 8]), (512, [2, 2])])
+def test_a_grown_batch_is_as_large_as_before_in_chunks_of_another_size(chunk_samples, expected):
+    """256 clips and, after the next three looks, 512; never fewer chunks than the first."""
+    control = Control(schedule=FLAT, chunk_samples=32, base_chunks=2, max_chunks=16, check_samples=1)
+    _, state = walk("batch", control, [1e12] * 6, every=1)
+    other = dataclasses.replace(control, chunk_samples=chunk_samples, max_chunks=512 // chunk_samples + 1)
+    plans, _ = walk("batch", other, [1e12] * 4, every=1, state=state, start=6)
+    assert list(dict.fromkeys(plan.num_chunks for plan in plans)) == list(dict.fromkeys(expected))
+
+
 def test_the_batch_is_left_alone_during_the_warm_up_and_between_two_checks():
     schedule = Schedule(shape="constant", peak=PEAK, total_samples=10**6, warmup_samples=1000)
     control = Control(schedule=schedule, chunk_samples=32, check_samples=500)
