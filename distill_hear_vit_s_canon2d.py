@@ -1,7 +1,8 @@
 """Distil HeAR into a ViT-S with Canon2D layers.
 
 in:   the shards of a lake (from stream_laion_audio_clips.py, kept coming by datalake/run_lake.py); HeAR, frozen
-out:  <out>/{config.json, latest.pt, previous.pt, best.pt, metrics.jsonl, tensorboard/, progress.json, loss.png, lock}
+out:  <out>/{config.json, latest.pt, previous.pt, best.pt, metrics.jsonl, tensorboard/, progress.json, loss.png, lock},
+      with --keep also step-<number>.pt
 cost: on a GPU not measured; the demo about a minute on two cores, streamers included
 
     python distill_hear_vit_s_canon2d.py --lake lake        # the recommended run, on a GPU
@@ -30,7 +31,7 @@ from hear_distill.data import Batch, Drawing, LakeReader, ordinary_memory
 from hear_distill.feed import Feed, View, pinned_memory
 from hear_distill.files import UserError
 from hear_distill.frontend import MelPcen
-from hear_distill.journal import Journal
+from hear_distill.journal import Journal, require_wandb
 from hear_distill.lake import Lake
 from hear_distill.learning import Learning
 from hear_distill.locks import Owner, alone
@@ -90,8 +91,14 @@ class Config:
     wants room for new ones (for small sources, and for one trainer on a lake)"""
     save_every: int = 102_400
     """clips between checkpoints, each with a validation; the lake must hold two such intervals"""
+    keep: int = 0
+    """newest checkpoints that stay as step-<number>.pt, beside latest.pt, previous.pt and best.pt; about 260 MB each"""
     log_every: int = 10_240
     """clips between log lines"""
+    probe_table: Path | None = None
+    """labelled recordings, laid out as the evaluator's; a quick probe on some of them goes with each validation"""
+    wandb: bool = False
+    """send the numbers to Weights & Biases as well; WANDB_MODE=offline keeps them in --out"""
     seed: int = 0
     """of the initial weights, of the order of the clips and of their cuts"""
     model: StudentConfig = SIZES["small"]
@@ -103,6 +110,8 @@ class Config:
             raise ValueError("--open-shards, --save-every and --log-every must be at least 1")
         if min(self.chunk_size, self.chunks, self.target_clips) < 2:
             raise ValueError("--chunk-size, --chunks and --target-clips must be at least 2: they are compared")
+        if self.keep < 0:
+            raise ValueError(f"--keep must be 0 or more, got {self.keep}")
         if not 0 <= self.pad_share <= 1:
             raise ValueError(f"--pad-share must be between 0 and 1, got {self.pad_share}")
         if self.save_every % self.log_every:
@@ -235,6 +244,8 @@ def open_run(config: Config) -> Run:
         print(f"resuming {config.out} at step {learning.step}, {learning.samples} clips")
         if state["best_step"] == learning.step and path.name == checkpoint.LATEST:
             checkpoint.keep_as_best(config.out)  # a kill may have come between the two names
+        if path.name == checkpoint.LATEST:
+            checkpoint.keep_numbered(config.out, learning.step, config.keep)
     if config.device == "cuda":
         learning.learner.compile(dynamic=False)
         teacher.model.compile(dynamic=False)
@@ -248,9 +259,9 @@ def open_run(config: Config) -> Run:
     reader = LakeReader(lake, owner, drawing, state["reader"] if state else None, allocate)
     return Run(
         **{"config": config, "id": run_id, "learning": learning, "lake": lake, "owner": owner},
-        validation=Validation(lake, teacher, view.frontend, device),
+        validation=Validation(lake, teacher, view.frontend, device, config.probe_table),
         feed=Feed(reader, view),
-        journal=Journal(config.out, learning.step),
+        journal=Journal(config.out, learning.step, run_id if config.wandb else None),
         **({name: state[name] for name in ("best", "best_step")} if state else {}),
     )
 
@@ -418,6 +429,7 @@ def save(run: Run, is_best: bool = False) -> None:
     checkpoint.save(run.config.out, state)
     if is_best:
         checkpoint.keep_as_best(run.config.out)
+    checkpoint.keep_numbered(run.config.out, run.learning.step, run.config.keep)
     run.feed.reader.record_checkpoint()
     run.saves_here += 1
 
@@ -426,6 +438,8 @@ def check(config: Config) -> None:
     """Refuse a device that is not there, and a cap smaller than what must be in flight, with the sum."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch finds no GPU; for a CPU: python distill_hear_vit_s_canon2d.py demo")
+    if config.wandb:
+        require_wandb()
     if (config.lake / "ledger.sqlite").exists():
         interval = max(config.save_every, config.largest_batch())
         refuse_small_cap(Lake.open(config.lake), config.open_shards, interval, config.target_clips)

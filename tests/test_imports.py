@@ -32,7 +32,7 @@ ALLOWED = {
     "guard": {"audio", "lake", "locks", "tars"},
     "history": {"files"},
     "hub": {"files", "remote", "tars"},
-    "journal": {"runlog"},
+    "journal": {"files", "runlog"},
     "lake": {"files", "ledger", "schema"},
     "learning": {
         *("noise_scale", "objective", "pace", "schedule", "student"),
@@ -48,6 +48,7 @@ ALLOWED = {
     "plan": {"audio", "files", "room", "runlog", "shards", "status", "synthetic"},
     "plots": {"files", "runlog"},
     "probes": set(),
+    "quick_probe": {"audio", "probes", "tasks"},
     "rebuild": {"audio", "backup", "files", "lake", "schema", "shards", "sources"},
     "remote": {"files", "tars"},
     "repair": {"backup", "files", "lake", "locks", "rebuild", "shards"},
@@ -66,7 +67,9 @@ ALLOWED = {
     "tars": {"files"},
     "tasks": {"audio", "files"},
     "teacher": {"files"},
-    "validation": {"agreement", "augment", "data", "drift", "lake", "schema", "student", "targets", "teacher"},
+    "validation": {
+        *("agreement", "augment", "data", "drift", "lake", "quick_probe", "schema", "student", "targets", "teacher"),
+    },
     "watch": set(),
     "weight_ema": set(),
 }
@@ -77,10 +80,12 @@ LATE = {
     *(("doctor", name) for name in ("torch", "huggingface_hub", "huggingface_hub.errors")),
     *(("doctor", name) for name in ("hear_distill.hub", "hear_distill.teacher")),
     *(("history", name) for name in ("matplotlib.dates", "matplotlib.figure")),
+    ("journal", "wandb"),
     ("plots", "matplotlib.figure"),
     ("sources", "hear_distill.hub"),
     ("synthetic", "pyarrow"),
     ("targets", "sklearn.cluster"),
+    ("validation", "hear_distill.quick_probe"),
 }
 STAGES = ["stream_laion_audio_clips", "distill_hear_vit_s_canon2d", "run_lake"]
 STAGES += ["evaluate_distilled_hear", "benchmark_student_vs_hear"]
