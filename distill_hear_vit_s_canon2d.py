@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hear_distill import checkpoint, cli, demo
+from hear_distill import checkpoint, cli, demo, lengths
 from hear_distill.critical_lr import NUM_KEPT
 from hear_distill.data import Batch, Drawing, LakeReader, ordinary_memory
 from hear_distill.feed import Feed, View, pinned_memory
@@ -91,6 +91,9 @@ class Config:
     wants room for new ones (for small sources, and for one trainer on a lake)"""
     save_every: int = 102_400
     """clips between checkpoints, each with a validation; the lake must hold two such intervals"""
+    lengths: tuple[int, ...] = (2,)
+    """seconds; with `2 4 8`, where a recording is long enough, clips are put together again: each chunk is of one
+    length, and the target is the mean of the teacher's over the clips"""
     keep: int = 0
     """newest checkpoints that stay as step-<number>.pt, beside latest.pt, previous.pt and best.pt; about 260 MB each"""
     log_every: int = 10_240
@@ -110,6 +113,7 @@ class Config:
             raise ValueError("--open-shards, --save-every and --log-every must be at least 1")
         if min(self.chunk_size, self.chunks, self.target_clips) < 2:
             raise ValueError("--chunk-size, --chunks and --target-clips must be at least 2: they are compared")
+        lengths.check(self.lengths, self.chunk_size, self.controller)
         if self.keep < 0:
             raise ValueError(f"--keep must be 0 or more, got {self.keep}")
         if not 0 <= self.pad_share <= 1:
@@ -254,6 +258,7 @@ def open_run(config: Config) -> Run:
     drawing = Drawing(
         **{"run": run_id, "seed": config.seed, "num_open": config.open_shards},
         **{"batch_size": config.chunk_size, "reuse": config.consume == "reuse"},
+        **{"sizes": lengths.sizes_of(config.lengths), "batches_per_size": config.chunks},
     )
     allocate = pinned_memory if config.device == "cuda" else ordinary_memory
     reader = LakeReader(lake, owner, drawing, state["reader"] if state else None, allocate)
@@ -315,7 +320,11 @@ def train(run: Run, stop: StopRequest) -> str:
 
 def learn_from(run: Run, batch: Batch) -> None:
     """One chunk of a step."""
-    run.learning.add(run.feed.spectrogram(batch), batch.ids)
+    if batch.clips_per_sound == 1:
+        run.learning.add(run.feed.spectrogram(batch), batch.ids)
+    else:
+        whole, windows = run.feed.long_spectrograms(batch)
+        run.learning.add(whole, batch.ids, windows)
 
 
 def finish_step(run: Run) -> dict[str, Tensor]:
@@ -399,6 +408,8 @@ def log_step(run: Run, terms: dict[str, Tensor]) -> None:
         "clips_per_s": (learning.samples - samples) / (now - began),
         "waited_s": run.feed.waited_s,
     }
+    if len(run.config.lengths) > 1:
+        values |= run.feed.take_length_counts()
     run.journal.log_step(learning.step, values)
     run.feed.reader.report()
 
