@@ -1,7 +1,8 @@
 """Distil HeAR into a ViT-S with Canon2D layers.
 
 in:   the shards of a lake (from stream_laion_audio_clips.py, kept coming by datalake/run_lake.py); HeAR, frozen
-out:  <out>/{config.json, latest.pt, previous.pt, best.pt, metrics.jsonl, tensorboard/, progress.json, loss.png, lock}
+out:  <out>/{config.json, latest.pt, previous.pt, best.pt, metrics.jsonl, tensorboard/, progress.json, loss.png, lock},
+      with --keep also step-<number>.pt
 cost: on a GPU not measured; the demo about a minute on two cores, streamers included
 
     python distill_hear_vit_s_canon2d.py --lake lake        # the recommended run, on a GPU
@@ -24,14 +25,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hear_distill import checkpoint, cli, demo
+from hear_distill import checkpoint, cli, demo, lengths
 from hear_distill.critical_lr import NUM_KEPT
 from hear_distill.data import Batch, Drawing, LakeReader, ordinary_memory
 from hear_distill.feed import Feed, View, pinned_memory
 from hear_distill.files import UserError
 from hear_distill.fit import chunk_that_fits, rehearse_steps
 from hear_distill.frontend import MelPcen
-from hear_distill.journal import Journal
+from hear_distill.journal import Journal, require_wandb
 from hear_distill.lake import Lake
 from hear_distill.learning import Learning
 from hear_distill.locks import Owner, alone
@@ -72,7 +73,7 @@ class Config:
     device: Literal["cuda", "cpu"] = "cuda"
     """cpu is for the demo and for debugging"""
     chunk_size: int = 256
-    """clips in one backward pass; halved at the start until they fit into the GPU's memory, with twice the chunks"""
+    """clips in one backward pass; halved at the start, with twice the chunks, until they fit into the GPU"""
     chunks: int = 2
     """chunks in one step, at first; two or more, so that the noise of the gradient can be measured"""
     controller: ControllerName = "off"
@@ -91,8 +92,17 @@ class Config:
     wants room for new ones (for small sources, and for one trainer on a lake)"""
     save_every: int = 102_400
     """clips between checkpoints, each with a validation; the lake must hold two such intervals"""
+    lengths: tuple[int, ...] = (2,)
+    """seconds; with `2 4 8`, where a recording is long enough, clips are put together again: each chunk is of one
+    length, and the target is the mean of the teacher's over the clips"""
+    keep: int = 0
+    """newest checkpoints that stay as step-<number>.pt, beside latest.pt, previous.pt and best.pt; about 260 MB each"""
     log_every: int = 10_240
     """clips between log lines"""
+    probe_table: Path | None = None
+    """labelled recordings, laid out as the evaluator's; a quick probe on some of them goes with each validation"""
+    wandb: bool = False
+    """send the numbers to Weights & Biases as well; WANDB_MODE=offline keeps them in --out"""
     seed: int = 0
     """of the initial weights, of the order of the clips and of their cuts"""
     model: StudentConfig = SIZES["small"]
@@ -104,6 +114,9 @@ class Config:
             raise ValueError("--open-shards, --save-every and --log-every must be at least 1")
         if min(self.chunk_size, self.chunks, self.target_clips) < 2:
             raise ValueError("--chunk-size, --chunks and --target-clips must be at least 2: they are compared")
+        lengths.check(self.lengths, self.chunk_size, self.controller)
+        if self.keep < 0:
+            raise ValueError(f"--keep must be 0 or more, got {self.keep}")
         if not 0 <= self.pad_share <= 1:
             raise ValueError(f"--pad-share must be between 0 and 1, got {self.pad_share}")
         if self.save_every % self.log_every:
@@ -258,19 +271,22 @@ def open_run(config: Config) -> Run:
         print(f"resuming {config.out} at step {learning.step}, {learning.samples} clips")
         if state["best_step"] == learning.step and path.name == checkpoint.LATEST:
             checkpoint.keep_as_best(config.out)  # a kill may have come between the two names
+        if path.name == checkpoint.LATEST:
+            checkpoint.keep_numbered(config.out, learning.step, config.keep)
 
     owner, view = Owner(lake.root, "train"), View(MelPcen().to(device), device, config.seed, config.pad_share)
     drawing = Drawing(
         **{"run": run_id, "seed": config.seed, "num_open": config.open_shards},
         **{"batch_size": config.chunk_size, "reuse": config.consume == "reuse"},
+        **{"sizes": lengths.sizes_of(config.lengths), "batches_per_size": config.chunks},
     )
     allocate = pinned_memory if config.device == "cuda" else ordinary_memory
     reader = LakeReader(lake, owner, drawing, state["reader"] if state else None, allocate)
     return Run(
         **{"config": config, "id": run_id, "learning": learning, "lake": lake, "owner": owner},
-        validation=Validation(lake, teacher, view.frontend, device),
+        validation=Validation(lake, teacher, view.frontend, device, config.probe_table),
         feed=Feed(reader, view),
-        journal=Journal(config.out, learning.step),
+        journal=Journal(config.out, learning.step, run_id if config.wandb else None),
         **({name: state[name] for name in ("best", "best_step")} if state else {}),
     )
 
@@ -324,7 +340,11 @@ def train(run: Run, stop: StopRequest) -> str:
 
 def learn_from(run: Run, batch: Batch) -> None:
     """One chunk of a step."""
-    run.learning.add(run.feed.spectrogram(batch), batch.ids)
+    if batch.clips_per_sound == 1:
+        run.learning.add(run.feed.spectrogram(batch), batch.ids)
+    else:
+        whole, windows = run.feed.long_spectrograms(batch)
+        run.learning.add(whole, batch.ids, windows)
 
 
 def finish_step(run: Run) -> dict[str, Tensor]:
@@ -408,6 +428,8 @@ def log_step(run: Run, terms: dict[str, Tensor]) -> None:
         "clips_per_s": (learning.samples - samples) / (now - began),
         "waited_s": run.feed.waited_s,
     }
+    if len(run.config.lengths) > 1:
+        values |= run.feed.take_length_counts()
     run.journal.log_step(learning.step, values)
     run.feed.reader.report()
 
@@ -438,6 +460,7 @@ def save(run: Run, is_best: bool = False) -> None:
     checkpoint.save(run.config.out, state)
     if is_best:
         checkpoint.keep_as_best(run.config.out)
+    checkpoint.keep_numbered(run.config.out, run.learning.step, run.config.keep)
     run.feed.reader.record_checkpoint()
     run.saves_here += 1
 
@@ -446,6 +469,8 @@ def check(config: Config) -> None:
     """Refuse a device that is not there, and a cap smaller than what must be in flight, with the sum."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch finds no GPU; for a CPU: python distill_hear_vit_s_canon2d.py demo")
+    if config.wandb:
+        require_wandb()
     if (config.lake / "ledger.sqlite").exists():
         interval = max(config.save_every, config.largest_batch())
         refuse_small_cap(Lake.open(config.lake), config.open_shards, interval, config.target_clips)

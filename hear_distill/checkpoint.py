@@ -1,13 +1,16 @@
 """Checkpoints that are whole or absent, know their own hash, and run no code when they are read.
 
 in:   a dict of tensors, numbers, text, bytes, lists, tuples and dicts, at any depth
-out:  <folder>/latest.pt, <folder>/previous.pt (the one before it) and, on request, <folder>/best.pt
+out:  <folder>/latest.pt, <folder>/previous.pt (the one before it) and, on request, <folder>/best.pt and the newest few
+      as <folder>/step-<number>.pt
 
-Entry "sha256" of the saved dict is the digest of all its other entries: it proves the file whole and names it.
+Entry "sha256" of the saved dict is the digest of all its other entries: it proves the file whole and names it. Entry
+"format" is a number; a file with another one than ours is refused.
 """
 
 import hashlib
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +25,10 @@ from hear_distill.files import DiskFull, UserError, crash_point, fsync_folder, i
 LATEST = "latest.pt"
 PREVIOUS = "previous.pt"
 BEST = "best.pt"
+NUMBERED = re.compile(r"step-(\d+)\.pt")
+# To be raised with any change after which older checkpoints can no longer be resumed and loaded as they were: an entry
+# that is new, gone, or means something else. Files from before there was a number have none.
+FORMAT = 1
 ROOM_WAIT_S = 300.0  # on a full disk; a supervisor takes no progress for ten minutes for a hang
 ROOM_RETRY_S = 2.0
 SCALARS = (bool, int, float, str, type(None))
@@ -29,6 +36,10 @@ SCALARS = (bool, int, float, str, type(None))
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or not of this project. The text is one line: found, and what to do."""
+
+
+class OtherFormat(CheckpointError):
+    """A whole checkpoint of another version of this project."""
 
 
 def save(folder: Path, state: dict[str, Any]) -> Path:
@@ -44,7 +55,7 @@ def save(folder: Path, state: dict[str, Any]) -> Path:
     """
     make_folder(folder)
     latest, new = folder / LATEST, folder / (LATEST + ".tmp")
-    plain = {name: _plain(value, name) for name, value in state.items() if name != "sha256"}
+    plain = {name: _plain(value, name) for name, value in state.items() if name != "sha256"} | {"format": FORMAT}
     _write_when_there_is_room(new, {**plain, "sha256": digest(plain)})
     load(new)
     crash_point("checkpoint-written")
@@ -92,11 +103,29 @@ def keep_as_best(folder: Path) -> Path:
     return folder / BEST
 
 
+def keep_numbered(folder: Path, step: int, num_kept: int) -> None:
+    """Give latest.pt, of this step, the further name step-<step>.pt; of such names the newest `num_kept` stay.
+
+    Names of later steps go as well: they are of a history that was lost with its checkpoint. Does nothing for 0.
+    """
+    if num_kept == 0:
+        return
+    _link_over(folder / LATEST, folder / f"step-{step:06d}.pt")
+    crash_point("checkpoint-numbered")
+    numbered = {int(found[1]): path for path in folder.iterdir() if (found := NUMBERED.fullmatch(path.name))}
+    kept = sorted(number for number in numbered if number <= step)[-num_kept:]
+    for number, path in numbered.items():
+        if number not in kept:
+            path.unlink()
+    fsync_folder(folder)
+
+
 def load(path: Path) -> dict[str, Any]:
-    """The dict that `save` wrote, with its "sha256", tensors on the CPU.
+    """The dict that `save` wrote, with its "sha256" and "format", tensors on the CPU.
 
     Raises:
         CheckpointError: no such file, truncated, altered, a file of another program, or a pickle with code in it.
+        OtherFormat: nothing is wrong with it, but its format is not ours.
     """
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}; name a .pt file that the trainer wrote")
@@ -118,19 +147,27 @@ def load(path: Path) -> dict[str, Any]:
             f"{path} is damaged: its content hashes to {found[:12]}, its sha256 says {state['sha256']!s:.12}. "
             f"{_advice(path)}"
         )
+    if state.get("format") != FORMAT:
+        raise OtherFormat(
+            f"{path} is of format {state.get('format', 'none')}, this version of the project reads {FORMAT}; use the "
+            f"version that wrote it (entry code of the config.json beside it), or begin a new run in another --out"
+        )
     return state
 
 
 def load_newest(folder: Path) -> tuple[dict[str, Any], Path] | None:
     """The newest whole checkpoint of `folder` and its path; None if the folder has none yet.
 
-    A damaged latest.pt is reported on stderr and previous.pt is taken. Raises CheckpointError if both are damaged.
+    A damaged latest.pt is reported on stderr and previous.pt is taken. Raises CheckpointError if both are damaged, and
+    OtherFormat at once: a run of another version is nothing to go back in.
     """
     latest, previous = folder / LATEST, folder / PREVIOUS
     if not latest.exists() and not previous.exists():
         return None
     try:
         return load(latest), latest
+    except OtherFormat:
+        raise
     except CheckpointError as e:
         problem = str(e)
     try:

@@ -17,7 +17,9 @@ and no other shard can be leased, the batch takes these clips and goes on in a n
 each pass over a shard takes each of its clips once, in the surviving history as well, whatever was killed. Which shards
 go when the lake wants room depends on the moment, and so do the draws after it.
 
-B clips in a batch
+With `sizes` besides 1, some batches hold longer sounds: clips that follow each other in a recording, side by side.
+
+B clips in a batch   k clips of a sound
 """
 
 import os
@@ -31,12 +33,13 @@ from typing import Any
 
 import numpy as np
 
+from hear_distill import lengths
 from hear_distill.audio import CLIP_SAMPLES
 from hear_distill.files import UserError
 from hear_distill.lake import Lake
 from hear_distill.locks import Owner
 from hear_distill.schema import RECENT, Shard
-from hear_distill.shards import ShardBroken, read_clips, verify_shard
+from hear_distill.shards import ShardBroken, read_clips, read_infos, verify_shard
 
 AHEAD_CLIPS = 1_024  # hides the check of a shard of 1,000 clips, 0.1 s at most, from a GPU that takes 6,000 clips/s
 
@@ -49,6 +52,10 @@ class Batch:
     """[B, 32000] int16"""
     ids: list[tuple[int, int]]
     """(shard, clip) of each row"""
+    clips_per_sound: int = 1
+    """k; rows 0 to k - 1 are the first sound, and so on"""
+    num_broken_up: int = 0
+    """clips of sounds that were to be longer, of which this batch took some as single clips"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +72,10 @@ class Drawing:
     """clips that are read before they are asked for, rounded up to whole batches; 0 reads when asked"""
     reuse: bool = False
     """keep shards and go over them again; for one trainer on a lake"""
+    sizes: tuple[int, ...] = (1,)
+    """k that batches may have; each must divide `batch_size`"""
+    batches_per_size: int = 1
+    """in a row that have the same k, if there are enough such sounds"""
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,8 @@ class Draw:
     begun: list[int]
     """shards of which a new pass begins"""
     opened: list[Shard]
+    clips_per_sound: int = 1
+    num_broken_up: int = 0
 
 
 def trained_clips(shard: Shard) -> np.ndarray:
@@ -91,8 +104,9 @@ def trained_clips(shard: Shard) -> np.ndarray:
 class OpenShard:
     """The thread's side of a leased shard: its file, while it holds clips that are in no batch of this pass yet."""
 
-    def __init__(self, shard: Shard) -> None:
-        self.path, self.num_uses = shard.path, shard.num_uses
+    def __init__(self, shard: Shard, units: lengths.Units) -> None:
+        """`units`: its clips that are to be drawn together."""
+        self.path, self.num_uses, self.units = shard.path, shard.num_uses, units
         self.is_drawn = trained_clips(shard)
         self.fd = os.open(shard.path, os.O_RDONLY)
         self.close_if_drawn()
@@ -133,13 +147,16 @@ class Drawer:
         """Fill `samples` [B, 32000] int16 with the next batch, if there is one."""
         self._lease_more()
         num_held = sum(len(shard.is_drawn) for shard in self.shards.values()) if self.drawing.reuse else 0
-        ids, num_old, begun = [], 0, []
+        ids, num_old, begun, size, num_broken_up = [], 0, [], 1, 0
         if max(self._num_undrawn(), num_held) >= len(samples):
-            ids, num_old, begun = self._read_batch(samples)
+            if self.drawing.sizes == (1,):
+                ids, num_old, begun = self._read_batch(samples)
+            else:
+                ids, num_old, begun, size, num_broken_up = self._read_sounds(samples)
         if not self.drawing.reuse:
             self.shards = {shard_id: shard for shard_id, shard in self.shards.items() if shard.fd >= 0}
         opened, self.opened = self.opened, []
-        return Draw(samples, ids, num_old, begun, opened)
+        return Draw(samples, ids, num_old, begun, opened, size, num_broken_up)
 
     def _num_undrawn(self) -> int:
         return sum(int((~shard.is_drawn).sum()) for shard in self.shards.values())
@@ -169,8 +186,34 @@ class Drawer:
             print(f"WARNING: shard {shard.id} is quarantined: {e}", file=sys.stderr)
             self.lake.quarantine(shard.id, shard.split, str(e))
             return False
-        self.shards[shard.id] = OpenShard(shard)
+        sizes, units = self.drawing.sizes, {}
+        if sizes != (1,):
+            units = lengths.divide(read_infos(shard.path), sizes, self.drawing.seed, shard.id)
+        self.shards[shard.id] = OpenShard(shard, units)
         return True
+
+    def _read_sounds(self, samples: np.ndarray) -> tuple[list[tuple[int, int]], int, list[int], int, int]:
+        """As `_read_batch`, of sounds of one length; then clips per sound, and clips of sounds that were broken up.
+
+        A batch for which no length has enough is of single clips, and breaks up what else would be left over.
+        """
+        seed, supply = self.drawing.seed, self._intact()
+        index = self.num_drawn // self.drawing.batches_per_size
+        size = lengths.choose(lengths.num_clips(supply), len(samples), seed, index)
+        if size is None:
+            ids, num_old, begun = self._read_batch(samples)
+            num_left = 0 if begun else lengths.num_in_longer(self._intact())
+            return ids, num_old, begun, 1, lengths.num_in_longer(supply) - num_left
+        ids: list[tuple[int, int]] = []
+        for shard_id, clips in lengths.pick(supply, size, len(samples), np.random.default_rng([seed, self.num_drawn])):
+            self.shards[shard_id].read(clips, samples[len(ids) : len(ids) + size])
+            ids += [(shard_id, clip) for clip in clips]
+        self.num_drawn += 1
+        return ids, len(ids), [], size, 0
+
+    def _intact(self) -> dict[int, lengths.Units]:
+        """What each open shard still has of each length, in the order of the leases."""
+        return {i: lengths.intact(s.units, s.is_drawn) for i, s in self.shards.items() if s.fd >= 0}
 
     def _read_batch(self, samples: np.ndarray) -> tuple[list[tuple[int, int]], int, list[int]]:
         """What is left of this pass, if that is too little, and then some of the next: `ids`, `num_old`, `begun`.
@@ -327,7 +370,7 @@ class LakeReader:
                     self.accounts[shard_id].begin_pass()
                 self._mark_read(draw.ids[draw.num_old :])
                 self.num_batches += 1
-                return Batch(draw.samples, draw.ids)
+                return Batch(draw.samples, draw.ids, draw.clips_per_sound, draw.num_broken_up)
         return None
 
     def _mark_read(self, ids: Sequence[tuple[int, int]]) -> None:

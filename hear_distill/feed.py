@@ -3,7 +3,7 @@
 in:   batches of int16 clips from a LakeReader
 out:  spectrograms on the device
 
-B clips of a chunk
+B clips of a chunk   k clips of a sound
 """
 
 import time
@@ -40,10 +40,19 @@ class View:
 
     def __call__(self, samples: np.ndarray, ids: Sequence[ClipId]) -> Tensor:
         """[B, 32000] int16 -> [B, 1, 192, 128]; int16 crosses the bus, the rest happens on the device."""
+        audio, _ = cut_short(self._fetch(samples), ids, seed=self.seed, share=self.pad_share)
+        return self.frontend(audio)
+
+    def long(self, samples: np.ndarray, clips_per_sound: int) -> tuple[Tensor, Tensor]:
+        """[B, 32000] int16 -> whole sounds [B / k, 1, 192 k, 128], and their windows [B, 1, 192, 128]; none is cut."""
+        audio = self._fetch(samples)
+        return self.frontend(audio.view(len(audio) // clips_per_sound, -1)), self.frontend(audio)
+
+    def _fetch(self, samples: np.ndarray) -> Tensor:
+        """[B, 32000] int16 -> the same as float, on the device."""
         audio = torch.from_numpy(samples).to(self.device, non_blocking=True)  # [B, 32000] int16
         self.fetched = torch.cuda.current_stream().record_event() if audio.is_cuda else None
-        audio, _ = cut_short(audio.float() / 32768, ids, seed=self.seed, share=self.pad_share)
-        return self.frontend(audio)
+        return audio.float() / 32768
 
     def wait_for_copy(self) -> None:
         """The GPU is at the last chunk then, so it has work while we prepare the next."""
@@ -60,6 +69,8 @@ class Feed:
         """clips that were handed out for a step that is not whole yet"""
         self.waited_s = 0.0
         """for data, since this process began"""
+        self.num_long = self.num_broken_up = 0
+        """clips of longer sounds, and clips that were to be part of one, since these were last taken"""
 
     def next(self, stop: StopRequest, on_wait: Callable[[], None]) -> Batch | None:
         """The next chunk; None when the lake is drained or we should stop.
@@ -82,7 +93,21 @@ class Feed:
     def spectrogram(self, batch: Batch) -> Tensor:
         """[B, 1, 192, 128] of a chunk that the present step learns from."""
         self.num_pending += len(batch.ids)
+        self.num_broken_up += batch.num_broken_up
         return self.view(batch.samples, batch.ids)
+
+    def long_spectrograms(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What `View.long` makes of a chunk of longer sounds."""
+        self.num_pending += len(batch.ids)
+        self.num_long += len(batch.ids)
+        return self.view.long(batch.samples, batch.clips_per_sound)
+
+    def take_length_counts(self) -> dict[str, int]:
+        """Since the last call: clips that were learned from in longer sounds, and clips of sounds that were broken up
+        for want of enough of one length."""
+        counts = {"long_clips": self.num_long, "broken_up_clips": self.num_broken_up}
+        self.num_long = self.num_broken_up = 0
+        return counts
 
     def mark_trained(self, ids: Sequence[ClipId]) -> None:
         """The step is whole; these were its clips."""

@@ -81,6 +81,7 @@ CRASH_POINTS = {
     "checkpoint-written": "the new checkpoint is durable under its temporary name",
     "checkpoint-kept-previous": "the last checkpoint also stands under the name previous.pt",
     "checkpoint-renamed": "the new checkpoint is latest.pt, the ledger has not heard of it",
+    "checkpoint-numbered": "the new checkpoint also stands under its number, the oldest numbered one is still there",
     "checkpoint-recorded": "the ledger knows the new checkpoint; covered shards are retiring, their files stand",
     "shard-given-back": "a shard that was used is ready again, the trainer that used it goes on",
     "shard-quarantined": "the ledger says quarantined, the file has not moved",

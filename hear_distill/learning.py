@@ -110,9 +110,16 @@ class Learning:
         self.wants_probe = self.pace.wants_probe(self.samples, self.plan.num_chunks)
         return self.plan
 
-    def add(self, spectrogram: Tensor, ids: Sequence[ClipId]) -> None:
-        """Forward and backward pass of one chunk, [B, 1, 192, 128]."""
-        targets = self.objective.targets_of(spectrogram, ids)
+    def add(self, spectrogram: Tensor, ids: Sequence[ClipId], windows: Tensor | None = None) -> None:
+        """Forward and backward pass of one chunk, [B, 1, 192, 128].
+
+        Of sounds of k clips: [B / k, 1, 192 k, 128], and `windows` [B, 1, 192, 128] for the teacher. Measured targets
+        are not used then, as the clips may have been cut short for them.
+        """
+        if windows is None:
+            targets = self.objective.targets_of(spectrogram, ids)
+        else:
+            targets = self.objective.targets_of(windows).joined(len(windows) // len(spectrogram))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_bfloat16):
             losses = self.losses_of(spectrogram, targets)
         losses.terms["loss"].backward()
@@ -134,7 +141,8 @@ class Learning:
         A step whose gradient is not finite changes neither weights nor moments, average, queue or noise; it is counted.
         """
         squared = self.gradients.finish()
-        self.pace.measure(squared, squared_norms(self.optimizer))
+        if all(len(chunk.ids) == len(chunk.spectrogram) for chunk in self.chunks):  # longer sounds are other samples
+            self.pace.measure(squared, squared_norms(self.optimizer))
         grad_norm = nn.utils.clip_grad_norm_(self.learner.parameters(), MAX_GRAD_NORM)
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.rate

@@ -84,6 +84,15 @@ class Targets:
     patches: Tensor | None
     """[B, N, P]"""
 
+    def joined(self, clips_per_sound: int) -> "Targets":
+        """Of sounds of k clips: the mean of the embeddings [B / k, E], the tokens one after another [B / k, k N, P].
+
+        The mean of what is standardised is the standardised mean.
+        """
+        shape = (-1, clips_per_sound)
+        patches = self.patches.unflatten(0, shape).flatten(1, 2) if self.patches is not None else None
+        return Targets(self.embedding.unflatten(0, shape).mean(dim=1), patches)
+
 
 @dataclass(frozen=True)
 class Losses:

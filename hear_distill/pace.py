@@ -42,6 +42,7 @@ class Pace:
         self.state: dict[str, float] = {}
         peak = control.schedule.peak
         self.held_out, self.training = CriticalRate(FIRST_LOOK * peak), CriticalRate(FIRST_LOOK * peak)
+        self.has_warned = False
 
     def is_warm(self, samples: int) -> bool:
         """Whether the warm-up is over."""
@@ -53,6 +54,12 @@ class Pace:
         if not self.is_critical:
             return plan
         peak = peak_rate(self.held_out.value()[0])
+        if math.isnan(peak) and self.is_warm(samples) and not self.has_warned:
+            self.has_warned = True
+            print(
+                f"WARNING: {len(self.held_out.probes)} looks in the warm-up gave no critical rate; --schedule.peak "
+                f"{self.control.schedule.peak:g} stays the peak"
+            )
         factor = 1.0 if math.isnan(peak) else peak / self.control.schedule.peak
         return plan._replace(rate=under_ceiling(factor * plan.rate, self.training.value()[0]))
 

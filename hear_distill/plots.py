@@ -14,9 +14,9 @@ from hear_distill.runlog import read_metrics
 PANELS = (
     ("loss and its terms (unweighted)", "log", ("loss", "mse", "relational", "contrastive", "prototype", "patch")),
     (
-        "explained variance, held out",
+        "held out: explained variance, mAP of the quick probe",
         "linear",
-        ("anchor_explained_variance", "anchor_padded_explained_variance", "recent_explained_variance"),
+        ("anchor_explained_variance", "anchor_padded_explained_variance", "recent_explained_variance", "probe_map"),
     ),
     ("learning rate", "linear", ("lr", "critical_rate")),
     ("noise batch and batch, clips", "log", ("noise_batch", "adam_noise_batch", "batch_size")),

@@ -229,7 +229,7 @@ def table_of(root: Path, status: dict[str, Any]) -> list[str]:
         *trainer_lines(status),
         f"tars        {', '.join(f'{count} {state}' for state, count in status['tars'].items())}",
         f"recordings  {status['recordings']} read; skipped: {', '.join(skips) or 'none'}",
-        f"books       {Books(**status['books'])}",
+        f"books       {Books(**status['books'])}{skipped_part(status)}",
     ]
     if "running_s" in status:
         lines += [f"health      {problem}" for problem in status["problems"] or ["good"]]
@@ -262,6 +262,12 @@ def trainer_lines(status: dict[str, Any]) -> list[str]:
         line += f"; waited for data {'?' if share is None else f'{share:.1%}'} of the last ten minutes{waiting}"
         line += f"; done in {duration(status['eta_s'])}"
     return [line]
+
+
+def skipped_part(status: dict[str, Any]) -> str:
+    """The ledger books the clips of a step that was skipped as trained: they are used, and not drawn again."""
+    num_skipped = status["trainer"].get("skipped_clips") or 0
+    return f"; of the trained, {num_skipped:.0f} were in steps that were skipped as not finite" if num_skipped else ""
 
 
 def number(value: float | None) -> str:

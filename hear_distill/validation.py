@@ -1,11 +1,12 @@
 """How close the student is to the teacher on clips that no training sees.
 
-in:   the validation shards of a lake, the teacher, a student whose output is standardised
+in:   the validation shards of a lake, the teacher, a student whose output is standardised; perhaps a labelled table
 out:  numbers by name; 1 is perfect in all of them but mse, where 0 is
 
 n clips of a set   E = 512 embedding
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,20 @@ CUT_SEED = 0  # not the run's: every run is measured on the same short events
 class Validation:
     """The two held-out sets. `anchor` never changes: it is read and embedded once, also with every clip cut short."""
 
-    def __init__(self, lake: Lake, teacher: Teacher, frontend: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self, lake: Lake, teacher: Teacher, frontend: nn.Module, device: torch.device, probe_table: Path | None = None
+    ) -> None:
+        """`probe_table`: also probe these labelled recordings; TableError if that is not possible."""
         self.lake, self.teacher, self.frontend, self.device = lake, teacher, frontend, device
         self.num_clips = int(lake.setting("val_clips"))
         self.anchor = np.empty((0, 0), np.int16)
         self.anchor_targets: dict[str, Tensor] = {}
         self.recent_target: Tensor | None = None
+        self.quick_probe = None
+        if probe_table is not None:
+            from hear_distill.quick_probe import QuickProbe  # scikit-learn and pyarrow, which other runs do not need
+
+            self.quick_probe = QuickProbe(probe_table)
 
     def anchor_part(self, num_clips: int) -> Tensor:
         """[n, 1, 192, 128] of the first clips of the anchor; fewer if it has fewer."""
@@ -49,10 +58,13 @@ class Validation:
     def measure(self, student: Student, statistics: TargetStatistics) -> dict[str, float]:
         """All numbers of `closeness`, as `anchor_...`, `anchor_padded_...` (every clip cut short) and `recent_...`.
 
-        A set of fewer than two clips gives none. Waits for the device.
+        A set of fewer than two clips gives none. `probe_map` comes with them if there is a table to probe. Waits for
+        the device.
         """
         self._read_anchor()
         values: dict[str, float] = {}
+        if self.quick_probe:
+            values["probe_map"] = self.quick_probe.measure(lambda part: student(self._spectrogram(part, is_cut=False)))
         for name, samples, is_cut in (
             ("anchor", self.anchor, False),
             ("anchor_padded", self.anchor, True),

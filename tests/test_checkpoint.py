@@ -5,7 +5,7 @@ import pickle
 import random
 import signal
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def rendered(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return str(value.dtype), tuple(value.shape), repr(value.tolist())
     if isinstance(value, Mapping):
-        return {key: rendered(item) for key, item in value.items() if key != "sha256"}
+        return {key: rendered(item) for key, item in value.items() if key not in ("sha256", "format")}
     if isinstance(value, list | tuple):
         return type(value)(map(rendered, value))
     return repr(value)
@@ -226,15 +226,20 @@ def test_a_file_that_does_not_read_back_never_becomes_the_newest(tmp_path, monke
 
 
 def saved_and_killed(folder: Path, step: int, point: str, lost: str) -> None:
-    """Save in a child that is killed at `point`. A fork, because importing torch again costs seconds."""
+    """Save in a child that is killed at `point`."""
+    killed_at(point, lost, folder, lambda: checkpoint.save(folder, some_state(step)))
 
-    def save() -> None:
+
+def killed_at(point: str, lost: str, folder: Path, work: Callable[[], None]) -> None:
+    """Work in a child that is killed at `point`. A fork, because importing torch again costs seconds."""
+
+    def until_killed() -> None:
         os.environ["HEAR_CRASH_AT"] = point
         if lost != "nothing":
             LossyDisk(folder.parent, lost).install()
-        checkpoint.save(folder, some_state(step))
+        work()
 
-    child = get_context("fork").Process(target=save)
+    child = get_context("fork").Process(target=until_killed)
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
@@ -309,3 +314,78 @@ def test_a_folder_without_a_whole_checkpoint_is_an_error_and_an_empty_one_is_not
         CheckpointError, match=r"no whole checkpoint in .*latest\.pt is refused.*previous\.pt is refused"
     ):
         checkpoint.load_newest(tmp_path)
+
+
+# ---- the numbered ones ----
+
+
+def steps_of(folder: Path) -> dict[str, int]:
+    return {path.name: checkpoint.load(path)["step"] for path in folder.iterdir()}
+
+
+def saved_with_number(folder: Path, step: int, num_kept: int = 3) -> None:
+    checkpoint.save(folder, some_state(step))
+    checkpoint.keep_numbered(folder, step, num_kept)
+
+
+def test_the_newest_few_stay_under_their_numbers_and_none_if_none_is_asked_for(tmp_path):
+    for step in (7, 80, 900, 1_000_000, 1_000_003):
+        saved_with_number(tmp_path, step)
+    fixed = {"latest.pt": 1_000_003, "previous.pt": 1_000_000}
+    kept = {"step-000900.pt": 900, "step-1000000.pt": 1_000_000, "step-1000003.pt": 1_000_003}
+    assert steps_of(tmp_path) == fixed | kept
+    saved_with_number(tmp_path, 1_000_004, num_kept=0)
+    assert steps_of(tmp_path).keys() == fixed.keys() | kept.keys()
+    saved_with_number(tmp_path, 1_000_005, num_kept=1)
+    assert steps_of(tmp_path).keys() == {*fixed, "step-1000005.pt"}
+
+
+def test_numbers_of_a_history_that_was_lost_go_and_other_files_stay(tmp_path):
+    for step in (1, 2, 3):
+        saved_with_number(tmp_path, step)
+    checkpoint.save(tmp_path, some_state(2))  # gone on from step 1
+    (tmp_path / "step-000001.pt.mine").write_bytes(b"a user's own")
+    checkpoint.keep_numbered(tmp_path, 2, 3)
+    (tmp_path / "step-000001.pt.mine").unlink()
+    assert steps_of(tmp_path) == {"latest.pt": 2, "previous.pt": 3, "step-000001.pt": 1, "step-000002.pt": 2}
+
+
+@pytest.mark.parametrize("lost", LOST)
+@pytest.mark.parametrize("point", ["checkpoint-renamed", "checkpoint-numbered"])
+def test_a_kill_as_a_number_is_given_leaves_whole_files_and_the_next_one_tidies_up(tmp_path, point, lost):
+    run = tmp_path / "run"
+    for step in (1, 2, 3):
+        saved_with_number(run, step)
+    for step in (4, 5):
+        killed_at(point, lost, run, lambda step=step: saved_with_number(run, step))
+        found = {name: step for name, step in steps_of(run).items() if name.startswith("step")}
+        assert all(name == f"step-{step:06d}.pt" for name, step in found.items()) and len(found) >= 3
+        checkpoint.keep_numbered(run, step, 3)  # as a run does that is taken up
+        newest = [f"step-{number:06d}.pt" for number in range(step - 2, step + 1)]
+        assert sorted(name for name in steps_of(run) if name.startswith("step")) == newest
+
+
+# ---- the format ----
+
+
+def rewritten(path: Path, **entries: Any) -> None:
+    """The same checkpoint, whole, with other entries; None leaves one out."""
+    state = checkpoint.load(path) | entries
+    state = {name: value for name, value in state.items() if value is not None and name != "sha256"}
+    torch.save({**state, "sha256": checkpoint.digest(state)}, path)
+
+
+@pytest.mark.parametrize(("number", "said"), [(None, "none"), (0, "0"), (checkpoint.FORMAT + 1, "2"), ("1", "1")])
+def test_another_format_is_one_line_that_names_both_and_no_run_goes_on_from_the_one_before(tmp_path, number, said):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, some_state(step))
+    rewritten(tmp_path / "latest.pt", format=number)
+    for refused in (lambda: checkpoint.load(tmp_path / "latest.pt"), lambda: checkpoint.load_newest(tmp_path)):
+        with pytest.raises(CheckpointError, match=rf"latest\.pt is of format {said}, .* reads 1; use") as error:
+            refused()
+        assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_that_is_saved_again_gets_our_format(tmp_path):
+    checkpoint.save(tmp_path, some_state(1) | {"format": 99})
+    assert checkpoint.load(tmp_path / "latest.pt")["format"] == checkpoint.FORMAT

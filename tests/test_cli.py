@@ -37,7 +37,7 @@ FLAGS = {
     TRAINER: {
         *("lake", "out", "resume", "teacher", "teacher-revision", "teacher-precision", "target-clips", "device"),
         *("chunk-size", "chunks", "controller", "warmup", "weight-decay", "pad-share", "open-shards", "consume"),
-        *("save-every", "log-every", "seed"),
+        *("save-every", "keep", "log-every", "probe-table", "wandb", "lengths", "seed"),
         *("model.width", "model.blocks", "model.heads", "model.mlp-width", "model.embedding-width"),
         *("model.canon", "model.canon-kernel", "model.canon-dims", "model.positions"),
         *("loss.mse", "loss.relational", "loss.contrastive", "loss.prototype", "loss.patch"),

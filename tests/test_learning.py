@@ -239,6 +239,22 @@ def test_the_peak_is_half_of_the_held_out_critical_rate_and_stays_under_the_ceil
     assert resumed.plan(700) == pace.plan(700)
 
 
+def test_a_warm_up_that_ends_without_a_critical_rate_says_once_what_is_the_peak_instead(capsys):
+    schedule = Schedule(peak=3e-3, total_samples=1000, warmup_samples=100)
+    looking, linear = (Pace(Control(schedule=schedule, chunk_samples=4), "off", way, CPU) for way in (True, False))
+    looking.held_out.probes = [[2.0, -1.0], [2.0, 1.0], [2.0, 0.5]]
+    looking.plan(99)
+    assert capsys.readouterr().out == ""
+    assert [looking.plan(samples).rate for samples in (100, 104, 500)] == [3e-3] * 3
+    assert linear.plan(100).rate == 3e-3
+    said = capsys.readouterr().out
+    assert said.startswith("WARNING: 3 looks") and said.endswith("--schedule.peak 0.003 stays the peak\n")
+    assert said.count("\n") == 1
+    looking.held_out.probes = [[2.0, 100.0], [2.2, 110.0], [1.8, 90.0], [2.0, 101.0]]
+    looking.has_warned = False
+    assert looking.plan(100).rate == pytest.approx(2 / 100.25) and capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("controller", ["off", "ema-batch", "batch", "seesaw"])
 def test_the_noise_is_measured_under_every_controller_and_seen_by_it_at_log_points_only(controller):
     control = Control(schedule=Schedule(total_samples=10**6), chunk_samples=8, check_samples=1)

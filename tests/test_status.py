@@ -153,6 +153,17 @@ def test_the_table_shows_the_reservoir_as_a_bar_and_the_skips_by_reason(lake, ca
     assert f"[{'#' * 8}{'-' * 22}] 25% of" in table and "9 read; skipped: 7 too short" in table
 
 
+def test_the_books_tell_of_clips_in_skipped_steps_where_there_are_any(lake):
+    found = {"status.json": None}
+    for num_skipped in (None, 0.0, 24.0):
+        found[num_skipped] = status.look_at(lake.root) | {"trainer": {"skipped_clips": num_skipped}}
+    lines = {
+        n: next(x for x in status.table_of(lake.root, found[n]) if x.startswith("books")) for n in (None, 0.0, 24.0)
+    }
+    assert lines[None] == lines[0.0] and "not finite" not in lines[0.0]
+    assert lines[24.0] == lines[0.0] + "; of the trained, 24 were in steps that were skipped as not finite"
+
+
 def test_looking_opens_no_tar_and_lists_no_folder_that_grows_with_the_lake(lake, monkeypatch, capsys):
     for folder in ("shards", "val", "quarantine"):
         (lake.root / folder).rename(lake.root / f"{folder}-moved-away")

@@ -76,7 +76,10 @@ class Training:
     def start(self, crash_at: str | None = None, edit: Edit | None = None) -> multiprocessing.Process:
         """Begin or resume; `edit` may change the module of the stage before it runs."""
         flags = {"--lake": self.lake, "--out": self.out, "--teacher": self.teacher, **TINY, **self.flags}
-        argv = [str(word) for flag in flags.items() for word in flag]
+        argv: list[str] = []
+        for name, value in flags.items():
+            values = value if isinstance(value, tuple) else () if value is True else (value,)
+            argv += [name, *map(str, values)]
         process = FORKS.Process(target=_train, args=(argv, self, crash_at, edit))
         process.start()
         return process

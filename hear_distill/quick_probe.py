@@ -1,0 +1,103 @@
+"""A quick look at what the student's embedding is good for: mAP of linear probes on some rows of a labelled table.
+
+in:   a Parquet file with columns audio, label, group and perhaps fold; the student
+out:  one number; chance is the mean share of the labels, 1 is perfect
+cost: the table is decoded once; a look is a forward pass of NUM_ROWS x NUM_WINDOWS clips at most, and the probes
+
+For a curve over training, not for a report: one fixed penalty, few recordings, no interval. evaluate_distilled_hear.py
+makes the report.
+
+r rows   w windows of 2 s   D width of the trunk's embedding
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hear_distill.audio import DecodeError, decode
+from hear_distill.probes import NotMeasurable, average_precision, held_out_scores, linear_probe, task_folds
+from hear_distill.tasks import TableError, load_table, windows
+
+NUM_ROWS = 400  # of the table, as equally many of each label as there are
+NUM_WINDOWS = 2  # of a recording, evenly spread; the embedding of the recording is their mean
+PENALTY = 0.01  # of 10, 1, ..., 0.001 the best, or nearly, for three untrained embeddings on ESC-10
+PART = 256  # windows at a time
+SEED = 0  # not the run's: every run is measured on the same rows
+MAX_UNREADABLE_SHARE = 0.5
+
+Embed = Callable[[np.ndarray], Tensor]  # [w, 32000] int16 -> [w, D]
+
+
+class QuickProbe:
+    """The rows that are probed, decoded, and their tasks with their folds. Says what it found."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises TableError for a table that cannot be read, has mostly broken audio, or no label to be measured."""
+        table = load_table(path)
+        unreadable: Counter[str] = Counter()
+        samples, rows = [], []
+        chosen = spread_rows(table.labels)
+        for row in chosen:
+            try:
+                found = windows(decode(table.audio[row] or b""))
+            except DecodeError as e:
+                unreadable[e.reason] += 1
+                continue
+            samples.append(found[np.linspace(0, len(found) - 1, min(NUM_WINDOWS, len(found))).round().astype(int)])
+            rows.append(row)
+        if unreadable.total() > MAX_UNREADABLE_SHARE * len(chosen):
+            raise TableError(f"{unreadable.total()} of {len(chosen)} rows of {path} are unreadable: {dict(unreadable)}")
+        self.samples = np.concatenate(samples)  # [w, 32000] int16
+        self.owners = np.repeat(np.arange(len(rows)), [len(part) for part in samples])  # [w] place among the rows
+        self.groups = table.groups[rows]
+        self.tasks: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        """is_positive [r] and fold [r] by label"""
+        prescribed = None if table.folds is None else table.folds[rows]
+        problem = ""
+        for label, is_positive in table.tasks().items():
+            try:
+                folds = task_folds(is_positive[rows], self.groups, prescribed, SEED)
+            except NotMeasurable as e:
+                problem = f"{label}: {e}"
+                continue
+            self.tasks[label] = is_positive[rows], folds
+        if not self.tasks:
+            raise TableError(f"no label of {path} can be probed, such as {problem}; name another --probe-table")
+        left_out = f", {unreadable.total()} of them unreadable" if unreadable else ""
+        print(f"quick probe: {len(chosen)} rows of {path}{left_out}, {len(self.tasks)} labels")
+
+    def measure(self, embed: Embed) -> float:
+        """Mean AP of the labels; NaN for embeddings that are not finite."""
+        parts = [embed(self.samples[begin : begin + PART]) for begin in range(0, len(self.samples), PART)]
+        embeddings = torch.cat(parts).double().cpu().numpy()  # [w, D]
+        if not np.isfinite(embeddings).all():
+            return float("nan")
+        features = np.zeros((len(self.groups), embeddings.shape[1]))  # [r, D]
+        np.add.at(features, self.owners, embeddings)
+        features /= np.bincount(self.owners)[:, None]
+        once = np.ones((1, len(features)), dtype=int)
+        precisions = [
+            average_precision(is_positive, held_out_scores(features, is_positive, self.groups, folds, fit), once).item()
+            for is_positive, folds in self.tasks.values()
+        ]
+        return float(np.mean(precisions))
+
+
+def fit(features: np.ndarray, is_positive: np.ndarray, _: np.ndarray) -> object:
+    """[r, D] -> the probe of one training part."""
+    return linear_probe(features, is_positive, PENALTY)
+
+
+def spread_rows(labels: np.ndarray) -> np.ndarray:
+    """[r] labels -> the rows to probe, ascending: NUM_ROWS at most, as equally many of each label as there are."""
+    shuffled = np.random.default_rng(SEED).permutation(len(labels))
+    seen: Counter[str] = Counter()
+    rank = np.empty(len(labels), dtype=int)  # of the row among those of its label
+    for row in shuffled:
+        rank[row] = seen[labels[row]]
+        seen[labels[row]] += 1
+    return np.sort(shuffled[np.argsort(rank[shuffled], kind="stable")][:NUM_ROWS])
