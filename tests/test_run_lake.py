@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,6 +21,7 @@ import pytest
 from lake_tools import (
     ROOT,
     STREAMER,
+    DiskWatch,
     add_shard,
     environment,
     make_lake,
@@ -169,31 +169,6 @@ def assert_finished(house: House) -> None:
     assert fsck.returncode == 0 and "agree" in fsck.stdout
 
 
-class DiskWatch(threading.Thread):
-    """Looks every 10 ms at how many bytes of audio a lake holds, finished or not, until it is told to stop."""
-
-    def __init__(self, lake: Path) -> None:
-        super().__init__(daemon=True)
-        self.folders, self.highest, self.looks, self.is_done = (lake / "shards", lake / "val"), 0, 0, False
-
-    def look(self) -> int:
-        sizes: dict[int, int] = {}  # by inode: a file that is renamed during the look has two names in it
-        for folder in self.folders:
-            for entry in os.scandir(folder) if folder.exists() else ():
-                try:
-                    sizes[entry.inode()] = entry.stat().st_size
-                except FileNotFoundError:
-                    continue
-        return sum(sizes.values())
-
-    def run(self) -> None:
-        while not self.is_done:
-            # A look takes time, in which one file may go and another come: it counts if the next one sees as much.
-            self.highest = max(self.highest, min(self.look(), self.look()))
-            self.looks += 1
-            time.sleep(0.01)
-
-
 # ---- the whole ----
 
 
@@ -215,12 +190,53 @@ def test_a_lake_fills_and_drains_and_fills_again_within_its_cap_until_the_source
     watch.is_done = True
     watch.join()
     assert (code, err) == (0, ""), out
-    # How often depends on who is faster, streamers or trainer; once is enough here.
+    # How often depends on who is faster, streamers or trainer; once is enough here, the next test has a slow trainer.
     assert "the lake is full" in out and "the streamers start again" in out
     assert 0.8 * house.cap_bytes < watch.highest <= house.cap_bytes and watch.looks > 100
     assert_finished(house)
     status = json.loads((house.lake / "status.json").read_text())
     assert status["cap_bytes"] == house.cap_bytes and status["times_full"] >= 1 and status["trainer"]["step"] > 20
+
+
+def stops_of(looks: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    """(streamers, clips cut, clips unread), in turn -> (highest level before, clips cut meanwhile) of each time without
+    a streamer that ended with no more than half unread of that level.
+    """
+    stops, highest, cut_before = [], 0, None
+    for num_streamers, cut, unread in looks:
+        highest = max(highest, unread)
+        if num_streamers == 0 and cut_before is None and highest:
+            cut_before = cut
+        elif num_streamers and cut_before is not None:
+            if unread <= highest / 2:
+                stops.append((highest, cut - cut_before))
+                highest = 0
+            cut_before = None
+    return stops
+
+
+def test_a_full_lake_has_no_streamer_until_half_of_it_is_read_and_is_filled_again_and_so_again(house):
+    house.source, house.cap_bytes = write_source(house.root / "source", 6, 28), cap_for(200)
+    house.train_args = "--pause-s 0.25"  # a hundredth of the streamers' speed
+    process, looks = house.start(), []
+
+    def look() -> bool:
+        assert process.poll() is None, "the source has ended"
+        num_streamers = len(children_of(process, "stream_laion_audio_clips.py"))
+        try:
+            looks.append((num_streamers, *house.ledger(lambda lake: (lake.books().cut, lake.unread_clips()))))
+        except UserError:  # there is no lake yet
+            return False
+        return len(stops_of(looks)) == 2
+
+    wait_for(look, seconds=120.0)
+    process.terminate()
+    code, out, err = end_of(process)
+    assert (code, err) == (0, ""), out
+    assert all(highest > 120 and num_cut == 0 for highest, num_cut in stops_of(looks))
+    said = re.findall("the lake is full|half of the lake is read|the trainer waits", out)
+    assert said[:4] == ["the lake is full", "half of the lake is read"] * 2, out
+    assert house.ledger(lambda lake: lake.books().balance()) == 0
 
 
 def test_the_cap_holds_at_every_moment_under_load(house):
