@@ -452,6 +452,7 @@ def main(config: Config) -> None:
         finally:
             end(supervisor, reason)
             os.close(writer)
+        backups.close()
     say(f"{reason}: the lake was full {supervisor.law.times_full} times; {supervisor.lake.books()}")
 
 

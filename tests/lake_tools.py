@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import tarfile
@@ -21,6 +22,7 @@ import wave
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import wait
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +40,7 @@ from hear_distill.shards import Clip, shard_bytes, write_shard
 
 ROOT = Path(__file__).parent.parent
 STREAMER = ROOT / "stream_laion_audio_clips.py"
-TIMEOUT_S = 60.0
+TIMEOUT_S = 180.0  # of a hang; with ten other programs on two cores, a minute was too short once
 
 # ---- sources ----
 
@@ -114,6 +116,12 @@ def make_clips(num_clips: int, *address: int) -> list[Clip]:
         Clip("a.tar", f"key {address}", 32_000 * i, 2.0 * num_clips + 0.125, f"clip {i}", noise(32_000, *address, i))
         for i in range(num_clips)
     ]
+
+
+def totals_in(ledger: Path) -> dict[str, int]:
+    """The totals in the file of a ledger, or of its backup."""
+    with closing(sqlite3.connect(ledger)) as db:
+        return dict(db.execute("SELECT name, value FROM totals").fetchall())
 
 
 def add_shard(lake: Lake, num_clips: int, split: str = "train", owner: str = "nobody") -> int:
