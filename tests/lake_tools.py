@@ -208,6 +208,11 @@ class DiskWatch(threading.Thread):
             self.looks += 1
             time.sleep(0.01)
 
+    def end(self) -> None:
+        """Look no more."""
+        self.is_done = True
+        self.join()
+
 
 # ---- readers ----
 

@@ -187,8 +187,7 @@ def test_a_lake_fills_and_drains_and_fills_again_within_its_cap_until_the_source
     watch = DiskWatch(house.lake)
     watch.start()
     code, out, err = end_of(house.start(dry=False), seconds=180)
-    watch.is_done = True
-    watch.join()
+    watch.end()
     assert (code, err) == (0, ""), out
     # How often depends on who is faster, streamers or trainer; once is enough here, the next test has a slow trainer.
     assert "the lake is full" in out and "the streamers start again" in out
@@ -216,8 +215,8 @@ def stops_of(looks: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
 
 
 def test_a_full_lake_has_no_streamer_until_half_of_it_is_read_and_is_filled_again_and_so_again(house):
-    house.source, house.cap_bytes = write_source(house.root / "source", 6, 28), cap_for(200)
-    house.train_args = "--pause-s 0.25"  # a hundredth of the streamers' speed
+    house.source, house.cap_bytes = write_source(house.root / "source", 10, 28), cap_for(200)
+    house.train_args = "--pause-s 0.25 --save-every 6"  # a hundredth of the streamers' speed
     process, looks = house.start(), []
 
     def look() -> bool:
@@ -236,7 +235,6 @@ def test_a_full_lake_has_no_streamer_until_half_of_it_is_read_and_is_filled_agai
     assert all(highest > 80 and num_cut == 0 for highest, num_cut in stops_of(looks))
     said = re.findall("the lake is full|the streamers start again", out)
     assert said[:4] == ["the lake is full", "the streamers start again"] * 2, out
-    assert house.ledger(lambda lake: lake.books().balance()) == 0
 
 
 def test_the_cap_holds_at_every_moment_under_load(house):
@@ -244,8 +242,7 @@ def test_the_cap_holds_at_every_moment_under_load(house):
     watch = DiskWatch(house.lake)
     watch.start()
     code, out, err = end_of(house.start("--max-workers", "3", "--min-workers", "3"))
-    watch.is_done = True
-    watch.join()
+    watch.end()
     assert (code, err) == (0, ""), out
     assert 0.5 * house.cap_bytes < watch.highest <= house.cap_bytes and watch.looks > 100
 
@@ -302,6 +299,7 @@ def test_the_children_of_a_killed_supervisor_end_by_themselves_and_it_goes_on_wh
 
 @pytest.mark.parametrize("script", ["stream_laion_audio_clips.py", "dry_trainer.py"])
 def test_a_killed_child_is_started_again_and_the_run_completes(house, script):
+    house.train_args = "--pause-s 0.15"  # the second kill must not come when all is done
     process = running(house)
 
     def kill_one() -> bool:
@@ -461,6 +459,7 @@ def test_what_a_child_says_the_user_must_put_right_ends_the_supervisor_with_that
 
 
 def test_status_and_a_second_supervisor_tell_whether_one_is_running(house):
+    house.train_args = "--pause-s 0.5"  # each look takes seconds on a busy machine
     process = running(house)
     status = house.status()
     assert status.returncode == 0 and f"{house.lake}: running" in status.stdout
