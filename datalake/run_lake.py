@@ -131,6 +131,10 @@ class Supervisor:
     """of those in the ledger, how many belong to crashes that were booked"""
     drifting: set[str] = field(default_factory=set)
     """statistics that were beyond their threshold at the last look"""
+    worker_rate: float | None = None
+    """clips per second of one streamer, as of `rate_clips`"""
+    rate_clips: int = -1
+    """clips cut when `worker_rate` was computed"""
 
 
 def supervisor_of(config: Config, pipe: int) -> Supervisor:
@@ -280,6 +284,14 @@ def has_disk(config: Config) -> bool:
     return not disks_below_floor(config)
 
 
+def worker_rate(supervisor: Supervisor, num_cut: int) -> float | None:
+    """Of the newest shards, read again only when others have come: their JSON costs more than all else in a turn."""
+    if num_cut != supervisor.rate_clips:
+        supervisor.worker_rate = rate_of_worker(supervisor.lake.statistics(RATE_SHARDS))
+        supervisor.rate_clips = num_cut
+    return supervisor.worker_rate
+
+
 def look_at(supervisor: Supervisor) -> Look:
     """What the law needs to know."""
     lake, unread, books = supervisor.lake, supervisor.lake.unread_clips(), supervisor.lake.books()
@@ -289,7 +301,7 @@ def look_at(supervisor: Supervisor) -> Look:
         time_s=time.monotonic(),
         unread=unread,
         handed_out=books.cut - books.validation - books.retired_validation - books.quarantined - unread,
-        worker_rate=rate_of_worker(lake.statistics(RATE_SHARDS)),
+        worker_rate=worker_rate(supervisor, books.cut),
         has_room=lake.has_room(),
         has_disk=has_disk(supervisor.config),
         is_waiting=bool(trainer.get("is_waiting")),
@@ -440,6 +452,7 @@ def main(config: Config) -> None:
         finally:
             end(supervisor, reason)
             os.close(writer)
+        backups.close()
     say(f"{reason}: the lake was full {supervisor.law.times_full} times; {supervisor.lake.books()}")
 
 

@@ -1,4 +1,4 @@
-"""The hourly copy of a ledger, and whether a ledger is whole.
+"""The copy of a ledger, of every hour and of the end, and whether a ledger is whole.
 
 in:   <lake>/ledger.sqlite
 out:  <lake>/ledger.backup.sqlite, whole or the one before
@@ -20,7 +20,7 @@ RETRY_S = 300.0  # on a full disk
 
 
 class Backups:
-    """Makes one at once, and then every hour."""
+    """Makes one at once, then every hour, and one of the end."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.next = root, 0.0
@@ -37,6 +37,11 @@ class Backups:
                 raise
             print(f"WARNING: the disk is full, the ledger of {self.root} is not backed up", file=sys.stderr)
             self.next = time.monotonic() + RETRY_S
+
+    def close(self) -> None:
+        """When all children have left in good order: nothing is lost with a ledger that is lost until the next run."""
+        self.next = 0.0
+        self.look()
 
 
 def back_up(root: Path) -> None:

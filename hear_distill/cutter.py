@@ -179,7 +179,10 @@ class Guard(Protocol):
         """Whether this recording must not be decoded again."""
 
     def decoding(self, tar: str, recording: Recording) -> AbstractContextManager[None]:
-        """The block decodes this recording."""
+        """The block decodes this recording, or a part of it."""
+
+    def acquit(self, tar: str, recording: Recording) -> None:
+        """All of this recording that is wanted was decoded."""
 
 
 class Reader:
@@ -197,6 +200,7 @@ class Reader:
         self.recordings = self._read(source)
         self.recording: Recording | None = None
         self.num_samples = 0  # of `recording`
+        self.is_held = True  # `recording`, whole; else it is decoded again, as its clips are asked for
         self.clips: Iterator[tuple[int, np.ndarray]] = iter(())  # of `recording`, that are still to come
 
     def _read(self, source: Source) -> Iterator[Recording]:
@@ -222,8 +226,10 @@ class Reader:
             group = group_of(self.recording)
             draft.groups.add(group)
             is_first = self.cursor.next_clip == 0
+            with draft.timed("cutting") if self.is_held else self._decoding(draft, self.recording):
+                taken = list(islice(self.clips, room))
             with draft.timed("cutting"):
-                self._cut(draft, split(group), room)
+                self._cut(draft, split(group), taken)
             if is_first:  # not before: a stop while it is cut leaves it to whoever cuts it
                 draft.counts["recordings"] += 1
                 draft.heard_s += self.num_samples / SAMPLE_RATE
@@ -241,8 +247,7 @@ class Reader:
         problem = self._problem_with(recording)
         if problem is None:
             try:
-                noted = self.guard.decoding(self.cursor.name, recording) if self.guard else nullcontext()
-                with draft.timed("decoding"), noted:
+                with self._decoding(draft, recording):
                     self._begin(recording)
             except DecodeError as e:
                 problem = e.reason
@@ -251,6 +256,13 @@ class Reader:
             draft.counts[f"skipped: {problem}"] += 1
             self._pass_by(recording)
         return True
+
+    @contextmanager
+    def _decoding(self, draft: Draft, recording: Recording) -> Iterator[None]:
+        """Book the time of a block that decodes, and hold the death of the process meanwhile against the recording."""
+        noted = self.guard.decoding(self.cursor.name, recording) if self.guard else nullcontext()
+        with draft.timed("decoding"), noted:
+            yield
 
     def _problem_with(self, recording: Recording) -> str | None:
         """Why this recording need not even be decoded."""
@@ -277,15 +289,15 @@ class Reader:
                 held.append(block)
         if num_samples < self.keep.shortest():
             raise DecodeError("too short", f"{num_samples} samples, {self.keep.shortest()} are needed")
-        clips = clips_in(held if num_samples <= HELD_SAMPLES else blocks(), min_short=self.keep.shortest())
+        self.is_held = num_samples <= HELD_SAMPLES
+        clips = clips_in(held if self.is_held else blocks(), min_short=self.keep.shortest())
         self.clips = islice(clips, self.cursor.next_clip, None)
         self.num_samples = num_samples
         self.recording = recording
         self.cursor = replace(self.cursor, offset=recording.offset)
 
-    def _cut(self, draft: Draft, split: str, room: int) -> None:
-        """Move up to `room` clips of the recording into the draft, and the cursor behind the last of them."""
-        taken = list(islice(self.clips, room))
+    def _cut(self, draft: Draft, split: str, taken: list[tuple[int, np.ndarray]]) -> None:
+        """Move the next clips of the recording into the draft, and the cursor behind the last of them."""
         for start, samples in taken:
             level_db = rms_db(samples)
             if self.keep.is_silent(level_db):
@@ -307,6 +319,8 @@ class Reader:
         if next_clip < len(clip_starts(self.num_samples)):  # none for a short recording, which gave its only clip
             self.cursor = replace(self.cursor, next_clip=next_clip)
         else:
+            if self.guard:
+                self.guard.acquit(self.cursor.name, self.recording)
             self._pass_by(self.recording)
 
     def _pass_by(self, recording: Recording) -> None:

@@ -4,7 +4,7 @@ in:   what a worker is about to decode
 out:  a note in the worker's own lock file, which the kernel keeps when the process dies; `Lake.sweep` counts it
 
 A decoder is C code that reads what strangers wrote: it may crash, or take all memory, or hang until the supervisor
-kills it. The note costs two small writes for each recording, 11 us together; a row in the ledger would cost 4 ms
+kills it. The note costs two small writes for each decoding, 11 us together; a row in the ledger would cost 4 ms
 (measured on an idle two-core machine with a solid-state disk, tests/test_guard.py does not time it).
 """
 
@@ -45,16 +45,22 @@ class Guard:
 
     @contextmanager
     def decoding(self, tar: str, recording: Recording) -> Iterator[None]:
-        """While this lasts, the death of the process is held against the recording."""
+        """While this lasts, the death of the process is held against the recording. One that is refused is acquitted.
+
+        One that comes to a good end is not: a long recording is decoded in several blocks, the first of which may be
+        harmless each time. `acquit` tells when the last of them is over.
+        """
         self.owner.note(json.dumps([tar, recording.offset, recording.key]))
-        is_over = False  # a worker that is asked to leave in the middle has proved nothing
         try:
-            yield
-            is_over = True
+            try:
+                yield
+            finally:
+                self.owner.note("")
         except DecodeError:
-            is_over = True
+            self.acquit(tar, recording)
             raise
-        finally:
-            self.owner.note("")
-            if is_over and self.suspects[tar].pop(recording.offset, 0):
-                self.lake.acquit(tar, recording.offset)
+
+    def acquit(self, tar: str, recording: Recording) -> None:
+        """This recording was decoded as far as anybody wants it, or refused, and the process lives."""
+        if self.suspects[tar].pop(recording.offset, 0):
+            self.lake.acquit(tar, recording.offset)

@@ -77,6 +77,16 @@ class Ledger:
                 self.db.execute("ROLLBACK")
             raise
 
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """What is read within belongs together. It waits for no writer, and none waits for it."""
+        self.db.execute("BEGIN")
+        try:
+            yield
+        finally:
+            if self.db.in_transaction:
+                self.db.execute("ROLLBACK")
+
     def close(self) -> None:
         """Close the connection; the ledger stays."""
         self.db.close()
@@ -178,9 +188,9 @@ class Ledger:
         ]
 
     def books(self) -> Books:
-        """Where every clip is. One transaction, so the sums belong together."""
+        """Where every clip is, at one moment."""
         untrained = "num_clips - num_trained"
-        with self.transaction():
+        with self.snapshot():
             totals = self.totals()
             return Books(
                 cut=totals["cut"],

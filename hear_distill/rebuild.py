@@ -3,7 +3,8 @@
 in:   <lake>/ledger.backup.sqlite, or else status.json and the source's list of tars; the shards
 out:  <lake>/ledger.sqlite; the old one stays as ledger.damaged-<n>.sqlite
 
-The backup is at most an hour old. A shard that came since becomes ready, its hash computed anew. One that went since is
+The backup is at most an hour old, and of the very end if the supervisor left in good order: then nothing is lost, and
+what follows is about the others. A shard that came since becomes ready, its hash computed anew. One that went since is
 counted as trained, which is why it went. What the trainer has read of the shards that are there stands in its
 checkpoint. So:
 

@@ -12,14 +12,17 @@ import hashlib
 import io
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import wave
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import wait
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +40,7 @@ from hear_distill.shards import Clip, shard_bytes, write_shard
 
 ROOT = Path(__file__).parent.parent
 STREAMER = ROOT / "stream_laion_audio_clips.py"
-TIMEOUT_S = 60.0
+TIMEOUT_S = 180.0  # of a hang; with ten other programs on two cores, a minute was too short once
 
 # ---- sources ----
 
@@ -115,6 +118,12 @@ def make_clips(num_clips: int, *address: int) -> list[Clip]:
     ]
 
 
+def totals_in(ledger: Path) -> dict[str, int]:
+    """The totals in the file of a ledger, or of its backup."""
+    with closing(sqlite3.connect(ledger)) as db:
+        return dict(db.execute("SELECT name, value FROM totals").fetchall())
+
+
 def add_shard(lake: Lake, num_clips: int, split: str = "train", owner: str = "nobody") -> int:
     """Cut, write and publish a shard of noise as a worker would; returns its id."""
     shard_id = lake.begin_shard(owner, shard_bytes(num_clips), split)
@@ -173,6 +182,36 @@ def assert_in_order(root: Path) -> Lake:
     assert states["free"] == states["waiting"] + states["open"], "a tar is held by somebody"
     assert [path.name for path in (root / "owners").iterdir()] == []
     return lake
+
+
+class DiskWatch(threading.Thread):
+    """Looks every 10 ms at how many bytes of audio a lake holds, finished or not, until it is told to stop."""
+
+    def __init__(self, lake: Path) -> None:
+        super().__init__(daemon=True)
+        self.folders, self.highest, self.looks, self.is_done = (lake / "shards", lake / "val"), 0, 0, False
+
+    def look(self) -> int:
+        sizes: dict[int, int] = {}  # by inode: a file that is renamed during the look has two names in it
+        for folder in self.folders:
+            for entry in os.scandir(folder) if folder.exists() else ():
+                try:
+                    sizes[entry.inode()] = entry.stat().st_size
+                except FileNotFoundError:
+                    continue
+        return sum(sizes.values())
+
+    def run(self) -> None:
+        while not self.is_done:
+            # A look takes time, in which one file may go and another come: it counts if the next one sees as much.
+            self.highest = max(self.highest, min(self.look(), self.look()))
+            self.looks += 1
+            time.sleep(0.01)
+
+    def end(self) -> None:
+        """Look no more."""
+        self.is_done = True
+        self.join()
 
 
 # ---- readers ----

@@ -7,9 +7,9 @@ cost: --minutes, and the time of decoding the source once
     python tests/soak.py --source DIR --minutes 30 [--folder soak]
 
 The source is looped: each tar stands in it many times under different names, so its clips have different ids. Every 20
-to 60 s one child of the supervisor, streamer or trainer, gets a SIGKILL, and now and then the supervisor itself. A tar
-that was read to its end must have given as many clips as a straight loop over its recordings does; the checkpoint must
-have learned from as many as the books say.
+to 60 s a streamer or the trainer gets a SIGKILL, and now and then the supervisor itself. A tar that was read to its end
+must have given as many clips as a straight loop over its recordings does; the checkpoint must have learned from as many
+as the books say.
 """
 
 import argparse
@@ -34,6 +34,8 @@ from hear_distill.tars import read_recordings
 
 SUPERVISOR = ROOT / "datalake" / "run_lake.py"
 COPIES = 60
+VICTIMS = {"supervisor": 1, "stream_laion_audio_clips": 10, "distill_hear_vit_s_canon2d": 9}  # with their weights
+PATIENCE_S = 60.0  # for a streamer to appear
 # The real command refuses to go on after a few crashes an hour, as it should; here they are the point.
 PATIENT = f"""
 import runpy, sys
@@ -62,18 +64,31 @@ def start(folder: Path, train_args: str) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)
 
 
-def kill_one(supervisor: subprocess.Popen, rng: random.Random) -> str:
-    """SIGKILL to a random child, one time in twenty to the supervisor; returns who it was."""
-    victims = [supervisor.pid] if rng.random() < 0.05 else [p.pid for p in psutil.Process(supervisor.pid).children()]
-    if not victims:
-        return "nobody"
-    victim = psutil.Process(rng.choice(victims))
+def name_of(process: psutil.Process) -> str | None:
+    """The stage that a process runs; `supervisor` if none, None if it has just ended."""
     try:
-        name = next((Path(word).stem for word in victim.cmdline() if word.endswith(".py")), "supervisor")
-        victim.send_signal(signal.SIGKILL)
-    except psutil.NoSuchProcess:  # it has just left by itself
-        return "nobody"
-    return name
+        return next((Path(word).stem for word in process.cmdline() if word.endswith(".py")), "supervisor")
+    except psutil.NoSuchProcess:  # a zombie as well
+        return None
+
+
+def kill_one(supervisor: subprocess.Popen, rng: random.Random) -> str:
+    """SIGKILL to the supervisor, a streamer or the trainer; returns to whom.
+
+    While the lake is full there is no streamer, so one is waited for, and killed up to two seconds into its work.
+    """
+    wanted, end = rng.choices(list(VICTIMS), list(VICTIMS.values()))[0], time.monotonic() + PATIENCE_S
+    while time.monotonic() < end and supervisor.poll() is None:
+        process = psutil.Process(supervisor.pid)
+        victims = [p for p in (process, *process.children()) if name_of(p) == wanted]
+        if victims:
+            victim = rng.choice(victims)
+            time.sleep(rng.uniform(0.0, 2.0))
+            if name_of(victim) == wanted:  # it may have left by itself
+                victim.kill()
+                return wanted
+        time.sleep(0.05)
+    return "nobody"
 
 
 def soak(folder: Path, minutes: float, train_args: str) -> Counter[str]:

@@ -48,6 +48,32 @@ def test_the_anchor_is_there_once_it_is_finished_or_when_none_is_wanted(tmp_path
     assert make_lake(tmp_path / "without", val_clips=0).has_anchor()
 
 
+def test_the_books_are_those_of_one_moment_whatever_is_published_while_they_are_read(tmp_path, monkeypatch):
+    lake, other = make_lake(tmp_path), Lake.open(tmp_path)
+    add_shard(lake, 3)
+    totals = lake.totals
+
+    def while_something_comes() -> Counter[str]:
+        found = totals()
+        add_shard(other, 5)
+        return found
+
+    monkeypatch.setattr(lake, "totals", while_something_comes)
+    assert (lake.books().cut, lake.books().ready, lake.books().balance()) == (3, 8, 0)
+    assert other.books().cut == 3 + 3 * 5
+    other.close()
+
+
+def test_the_books_are_read_without_waiting_for_whoever_writes(tmp_path):
+    lake, other = make_lake(tmp_path), Lake.open(tmp_path)
+    lake.db.execute("PRAGMA busy_timeout = 100")  # ms; a wait fails here
+    add_shard(lake, 3)
+    with other.transaction():
+        other.db.execute("UPDATE totals SET value = 99")
+        assert lake.books().cut == 3
+    other.close()
+
+
 def test_disagreements_of_ledger_and_folders_are_named(tmp_path):
     lake = make_lake(tmp_path)
     ids = [add_shard(lake, 2, split) for split in ("train", "train", "recent", "train")]

@@ -5,7 +5,7 @@ import json
 import math
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +130,26 @@ def test_a_stop_while_a_long_recording_is_cut_leaves_it_uncounted(tmp_path, monk
     rest = cut_all(reader_of(tmp_path, tar_of_lengths(long=1_000_000), cursor=reader.to_publish()))
     assert draft.num_clips() == 0 and starts(rest)["long"] == starts_by_the_book(1_000_000)
     assert (draft.counts["recordings"] + rest.counts["recordings"], draft.heard_s + rest.heard_s) == (1, 62.5)
+
+
+def test_the_time_of_both_decodings_of_a_long_recording_is_booked_as_decoding(tmp_path, monkeypatch):
+    content, now_s, num_blocks, decode_blocks = tar_of_lengths(long=1_000_000), [0.0], [], cutter.decode_blocks
+
+    def slow(audio: bytes) -> Iterator[np.ndarray]:
+        """A second for every block, on a clock that nothing else moves."""
+        for block in decode_blocks(audio):
+            now_s[0] += 1.0
+            num_blocks.append(1)
+            yield block
+
+    monkeypatch.setattr(cutter, "decode_blocks", slow)
+    monkeypatch.setattr(cutter.time, "perf_counter", lambda: now_s[0])
+    for held_samples, num_decodings in ((2_000_000, 1), (300_000, 2)):
+        monkeypatch.setattr(cutter, "HELD_SAMPLES", held_samples)
+        num_blocks.clear()
+        draft = cut_all(reader_of(tmp_path, content), room=5)
+        assert len(num_blocks) == num_decodings * len(list(decode_blocks(encoded(noise(1_000_000, 0)))))
+        assert draft.clock_s == {"reading": 0.0, "decoding": len(num_blocks), "cutting": 0.0}
 
 
 def test_a_look_comes_with_every_piece_that_is_read(tmp_path):

@@ -12,16 +12,24 @@ from lake_tools import (
     assert_exactly_once,
     assert_in_order,
     clips_on_disk,
+    encoded,
     make_lake,
+    members_of,
+    noise,
     run,
+    write_tar,
 )
 from poisoned_streamer import POISONED_STREAMER, write_poisoned_source
 from reference.chunker import clips_of
 
+from hear_distill import cutter
 from hear_distill.audio import DecodeError
+from hear_distill.cutter import Draft, Keep, Reader
 from hear_distill.guard import MAX_DEATHS, Guard
 from hear_distill.lake import Lake
 from hear_distill.locks import Owner
+from hear_distill.schema import Cursor
+from hear_distill.sources import FolderSource
 from hear_distill.tars import Recording
 
 FLAGS = ("--shard-clips", 6, "--val-clips", 0, "--val-fraction", 0, "--cap-gb", 0.2, "--open-tars", 2)
@@ -45,6 +53,21 @@ def test_a_recording_that_killed_three_workers_is_passed_over_and_every_other_cl
     assert last.returncode == 0, last.stderr
     assert "WARNING: rec-1-3 of 1.tar killed its decoder 3 times and is passed over" in last.stderr
     assert_exactly_once(clips_on_disk(tmp_path / "lake"), harmless(source, {"rec-1-3"}))
+    totals = assert_in_order(tmp_path / "lake").totals()
+    assert (totals["skipped: poison"], totals["decoder deaths"], totals["recordings"]) == (1, 3, 18)
+
+
+def test_a_long_recording_that_kills_three_workers_at_its_second_decoding_gives_what_it_gave_and_no_more(tmp_path):
+    source = write_poisoned_source(tmp_path / "source", {}, long={1: 3})
+    for _ in range(MAX_DEATHS):
+        assert stream_poisoned(source, tmp_path / "lake").returncode == -signal.SIGSEGV
+    last = stream_poisoned(source, tmp_path / "lake")
+    assert last.returncode == 0, last.stderr
+    assert "WARNING: rec-1-3 of 1.tar killed its decoder 3 times and is passed over" in last.stderr
+    found, all_clips = clips_on_disk(tmp_path / "lake"), clips_of(source)
+    given = sorted(clip.place for clip in found if clip.place[1] == "rec-1-3")
+    assert given == [("1.tar", "rec-1-3", 32_000 * i) for i in range(len(given))] and len(given) <= 2
+    assert_exactly_once(found, harmless(source, {"rec-1-3"}) | {place: all_clips[place] for place in given})
     totals = assert_in_order(tmp_path / "lake").totals()
     assert (totals["skipped: poison"], totals["decoder deaths"], totals["recordings"]) == (1, 3, 18)
 
@@ -87,6 +110,7 @@ def living(lake):
 
 
 def decode(guard: Guard, error: type[Exception] | None = None) -> None:
+    """A part of it, or none."""
     with guard.decoding("a.tar", RECORDING):
         if error:
             raise error("undecodable", "") if error is DecodeError else error
@@ -108,9 +132,26 @@ def test_a_recording_that_is_decoded_or_refused_at_last_is_no_longer_suspected(l
     guard = living()
     try:
         decode(guard, error)
+        assert lake.suspects("a.tar") == {1536: 1}, "more of it may come"
+        guard.acquit("a.tar", RECORDING)
     except DecodeError:
         assert error
     assert lake.suspects("a.tar") == {}
+
+
+@pytest.mark.parametrize("held_samples", [1_000_000, 100_000], ids=["held", "decoded twice"])
+def test_a_reader_acquits_a_suspect_when_its_last_clip_is_cut_and_no_earlier(
+    lake, living, tmp_path, monkeypatch, held_samples
+):
+    monkeypatch.setattr(cutter, "HELD_SAMPLES", held_samples)
+    write_tar(tmp_path / "source" / "a.tar", members_of("a", encoded(noise(300_000))))
+    die_at(lake, Recording(key="a", offset=0))
+    guard, num_bytes = living(), (tmp_path / "source" / "a.tar").stat().st_size
+    reader = Reader(FolderSource(tmp_path / "source"), Cursor(0, "a.tar", num_bytes, 0, 0), Keep(), lambda: None, guard)
+    draft, suspects = Draft(), []
+    while reader.advance(draft, 4, lambda group: "train"):
+        suspects.append(lake.suspects("a.tar"))
+    assert draft.num_clips() == 9 and suspects == [{0: 1}, {0: 1}, {}]
 
 
 def test_a_worker_that_is_asked_to_leave_in_the_middle_acquits_nobody_and_blames_nobody(lake, living):

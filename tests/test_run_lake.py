@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,14 +21,15 @@ import pytest
 from lake_tools import (
     ROOT,
     STREAMER,
+    DiskWatch,
     add_shard,
     environment,
     make_lake,
+    totals_in,
     write_source,
 )
 from poisoned_streamer import POISONED_STREAMER, write_poisoned_source
 
-from hear_distill.backup import damage_of
 from hear_distill.files import GIB, MIB, UserError
 from hear_distill.lake import Lake
 from hear_distill.teacher import save_stand_in
@@ -38,7 +38,7 @@ SUPERVISOR = ROOT / "datalake" / "run_lake.py"
 DRY_TRAINER = Path(__file__).parent / "dry_trainer.py"
 RECORD_BYTES, END_BYTES = 66_560, 1_024  # of a shard, from datalake/README.md
 SHARD_CLIPS, VAL_CLIPS = 10, 8
-SECONDS_TO_LEAVE = 10.0  # for all children, however the supervisor ended
+SECONDS_TO_LEAVE = 30.0  # for all children, however the supervisor ended; half of END_S
 DRY = """
 import sys
 from pathlib import Path
@@ -169,31 +169,6 @@ def assert_finished(house: House) -> None:
     assert fsck.returncode == 0 and "agree" in fsck.stdout
 
 
-class DiskWatch(threading.Thread):
-    """Looks every 10 ms at how many bytes of audio a lake holds, finished or not, until it is told to stop."""
-
-    def __init__(self, lake: Path) -> None:
-        super().__init__(daemon=True)
-        self.folders, self.highest, self.looks, self.is_done = (lake / "shards", lake / "val"), 0, 0, False
-
-    def look(self) -> int:
-        sizes: dict[int, int] = {}  # by inode: a file that is renamed during the look has two names in it
-        for folder in self.folders:
-            for entry in os.scandir(folder) if folder.exists() else ():
-                try:
-                    sizes[entry.inode()] = entry.stat().st_size
-                except FileNotFoundError:
-                    continue
-        return sum(sizes.values())
-
-    def run(self) -> None:
-        while not self.is_done:
-            # A look takes time, in which one file may go and another come: it counts if the next one sees as much.
-            self.highest = max(self.highest, min(self.look(), self.look()))
-            self.looks += 1
-            time.sleep(0.01)
-
-
 # ---- the whole ----
 
 
@@ -212,10 +187,9 @@ def test_a_lake_fills_and_drains_and_fills_again_within_its_cap_until_the_source
     watch = DiskWatch(house.lake)
     watch.start()
     code, out, err = end_of(house.start(dry=False), seconds=180)
-    watch.is_done = True
-    watch.join()
+    watch.end()
     assert (code, err) == (0, ""), out
-    # How often depends on who is faster, streamers or trainer; once is enough here.
+    # How often depends on who is faster, streamers or trainer; once is enough here, the next test has a slow trainer.
     assert "the lake is full" in out and "the streamers start again" in out
     assert 0.8 * house.cap_bytes < watch.highest <= house.cap_bytes and watch.looks > 100
     assert_finished(house)
@@ -223,13 +197,52 @@ def test_a_lake_fills_and_drains_and_fills_again_within_its_cap_until_the_source
     assert status["cap_bytes"] == house.cap_bytes and status["times_full"] >= 1 and status["trainer"]["step"] > 20
 
 
+def stops_of(looks: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    """(streamers, clips cut, clips unread), in turn -> (highest level before, clips cut meanwhile) of each time without
+    a streamer that ended with no more than half unread of that level.
+    """
+    stops, highest, cuts = [], 0, []
+    for num_streamers, cut, unread in looks:
+        highest = max(highest, unread)
+        if num_streamers == 0 and highest:
+            cuts.append(cut)
+        elif cuts:
+            if unread <= highest / 2:
+                stops.append((highest, cuts[-1] - cuts[0]))
+                highest = 0
+            cuts = []
+    return stops
+
+
+def test_a_full_lake_has_no_streamer_until_half_of_it_is_read_and_is_filled_again_and_so_again(house):
+    house.source, house.cap_bytes = write_source(house.root / "source", 10, 28), cap_for(200)
+    house.train_args = "--pause-s 0.25 --save-every 6"  # a hundredth of the streamers' speed
+    process, looks = house.start(), []
+
+    def look() -> bool:
+        assert process.poll() is None, "the source has ended"
+        num_streamers = len(children_of(process, "stream_laion_audio_clips.py"))
+        try:
+            looks.append((num_streamers, *house.ledger(lambda lake: (lake.books().cut, lake.unread_clips()))))
+        except UserError:  # there is no lake yet
+            return False
+        return len(stops_of(looks)) == 2
+
+    wait_for(look, seconds=180.0)
+    process.terminate()
+    code, out, err = end_of(process)
+    assert (code, err) == (0, ""), out
+    assert all(highest > 80 and num_cut == 0 for highest, num_cut in stops_of(looks))
+    said = re.findall("the lake is full|the streamers start again", out)
+    assert said[:4] == ["the lake is full", "the streamers start again"] * 2, out
+
+
 def test_the_cap_holds_at_every_moment_under_load(house):
     house.train_args = "--pause-s 0 --batch-size 8 --save-every 2"
     watch = DiskWatch(house.lake)
     watch.start()
     code, out, err = end_of(house.start("--max-workers", "3", "--min-workers", "3"))
-    watch.is_done = True
-    watch.join()
+    watch.end()
     assert (code, err) == (0, ""), out
     assert 0.5 * house.cap_bytes < watch.highest <= house.cap_bytes and watch.looks > 100
 
@@ -286,6 +299,7 @@ def test_the_children_of_a_killed_supervisor_end_by_themselves_and_it_goes_on_wh
 
 @pytest.mark.parametrize("script", ["stream_laion_audio_clips.py", "dry_trainer.py"])
 def test_a_killed_child_is_started_again_and_the_run_completes(house, script):
+    house.train_args = "--pause-s 0.15"  # the second kill must not come when all is done
     process = running(house)
 
     def kill_one() -> bool:
@@ -445,6 +459,7 @@ def test_what_a_child_says_the_user_must_put_right_ends_the_supervisor_with_that
 
 
 def test_status_and_a_second_supervisor_tell_whether_one_is_running(house):
+    house.train_args = "--pause-s 0.5"  # each look takes seconds on a busy machine
     process = running(house)
     status = house.status()
     assert status.returncode == 0 and f"{house.lake}: running" in status.stdout
@@ -459,7 +474,7 @@ def test_status_and_a_second_supervisor_tell_whether_one_is_running(house):
     assert stop.returncode == 0 and f"{house.lake} is stopped" in stop.stdout
     assert end_of(process)[0] == 0 and not any(child.is_running() for child in children)
     assert (house.lake / "history.jsonl").read_text().endswith("\n")
-    assert damage_of(house.lake / "ledger.backup.sqlite") is None
+    assert totals_in(house.lake / "ledger.backup.sqlite") == house.ledger(Lake.totals)
     status = house.status()
     assert status.returncode == 1 and f"{house.lake}: not running" in status.stdout
     assert str(house.num_clips_trained()) in status.stdout

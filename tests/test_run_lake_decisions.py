@@ -4,6 +4,7 @@ It runs in this process on a lake made by hand, and starts nothing.
 """
 
 import errno
+import json
 import signal
 import time
 from pathlib import Path
@@ -120,6 +121,21 @@ def test_no_streamer_is_started_where_there_is_no_room_and_one_that_runs_may_fin
     at_work(supervisor, 1)
     assert stage.control(supervisor)
     assert supervisor.started == ["train"] and asked(supervisor) == []
+
+
+def test_the_speed_of_a_streamer_is_read_again_when_a_shard_has_come_and_not_before(stage, supervisor, monkeypatch):
+    reads, statistics = [], supervisor.lake.statistics
+    monkeypatch.setattr(supervisor.lake, "statistics", lambda count: reads.append(count) or statistics(count))
+    rates = []
+    for num_shards, busy_s in ((0, 0), (1, 2.0), (2, 8.0)):
+        if num_shards:
+            content = json.dumps({"clips": 10, "clock_s": {"decoding": busy_s}})
+            shard_id = add_shard(supervisor.lake, 10)
+            supervisor.lake.db.execute("INSERT INTO statistics VALUES (?, 0.0, ?)", (shard_id, content))
+        for _ in range(3):
+            rates.append(stage.look_at(supervisor).worker_rate)
+        assert len(reads) == num_shards + 1
+    assert rates == [None] * 3 + [5.0] * 3 + [2.0] * 3
 
 
 def test_a_streamer_that_still_runs_when_a_full_lake_has_room_again_is_asked_to_leave(stage, supervisor):
