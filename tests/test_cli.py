@@ -276,7 +276,7 @@ def test_help_of_a_stage_begins_with_its_docstring(stage, script):
 
 def test_help_shows_the_defaults_of_the_preset_that_the_word_names(stage):
     bare, demo = (flags_in(stage(TRAINER, *word, "--help")[1]) for word in ([], ["demo"]))
-    assert "(default: 256)" in bare["chunk-size"] and "(default: 8)" in demo["chunk-size"]
+    assert "(default: 8)" in bare["open-shards"] and "(default: 4)" in demo["open-shards"]
     name = "schedule.total-samples"
     assert "(default: 25600000)" in bare[name] and "(default: 3200)" in demo[name]
     assert "(default: cuda)" in bare["device"] and "(default: cpu)" in demo["device"]
