@@ -141,7 +141,7 @@ class Learning:
         A step whose gradient is not finite changes neither weights nor moments, average, queue or noise; it is counted.
         """
         squared = self.gradients.finish()
-        if all(len(chunk.ids) == len(chunk.spectrogram) for chunk in self.chunks):  # longer sounds are other samples
+        if all(len(chunk.ids) == len(chunk.targets.embedding) for chunk in self.chunks):  # else they are other samples
             self.pace.measure(squared, squared_norms(self.optimizer))
         grad_norm = nn.utils.clip_grad_norm_(self.learner.parameters(), MAX_GRAD_NORM)
         for group in self.optimizer.param_groups:

@@ -199,6 +199,7 @@ def test_the_target_of_a_long_sound_is_the_mean_and_its_tokens_are_those_of_the_
     learning = learning_of(frozen, LossConfig(patch=0.5))
     windows, whole = spectrograms(6, seed=3), torch.randn(2, 1, 576, 128)
     learning.begin_step()
+    learning.wants_probe = True  # only then a step keeps its patches
     learning.add(whole, [(1, i) for i in range(6)], windows)
     found, objective = learning.chunks[0].targets, learning.objective
     with torch.no_grad():
