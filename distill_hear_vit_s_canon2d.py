@@ -11,14 +11,17 @@ cost: on a GPU not measured; the demo about a minute on two cores, streamers inc
     python distill_hear_vit_s_canon2d.py plot --out RUN     # draw the curves of a run, also of one that is going on
 
 A step adds up the gradients of some equal chunks of clips; the noise between them is measured. "Samples" are clips.
+Under torchrun every rank does this, and one of them writes <out> (hear_distill/ranks.py; run_lake.py --gpus N).
 
 B clips of a chunk   n clips of a sample or a validation set   E = 512 HeAR embedding
 """
 
 import dataclasses
+import os
 import time
 import uuid
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,21 +30,21 @@ from torch import Tensor
 
 from hear_distill import checkpoint, cli, demo, lengths
 from hear_distill.critical_lr import NUM_KEPT
-from hear_distill.data import Batch, Drawing, LakeReader, ordinary_memory
+from hear_distill.data import Batch, Drawing, ordinary_memory
 from hear_distill.feed import Feed, View, pinned_memory
 from hear_distill.files import UserError
 from hear_distill.fit import chunk_that_fits, rehearse_steps
 from hear_distill.frontend import MelPcen
-from hear_distill.journal import Journal, require_wandb
+from hear_distill.journal import Journal, Pulse, require_wandb
 from hear_distill.lake import Lake
 from hear_distill.learning import Learning
 from hear_distill.locks import Owner, alone
 from hear_distill.objective import LossConfig, measure
 from hear_distill.pace import ControllerName, Pace
 from hear_distill.plots import draw_curves
+from hear_distill.ranks import ALONE, Ranks, local_world_size, refuse_missing_gpus, world_size
 from hear_distill.room import refuse_small_cap
-from hear_distill.runlog import StopRequest, write_config
-from hear_distill.sample import first_clips, has_sample, num_ready
+from hear_distill.runlog import StopRequest, progress_file, write_config
 from hear_distill.schedule import Control, Schedule
 from hear_distill.student import SIZES, StudentConfig
 from hear_distill.teacher import Teacher, load_teacher, to_bfloat16
@@ -73,9 +76,9 @@ class Config:
     device: Literal["cuda", "cpu"] = "cuda"
     """cpu is for the demo and for debugging"""
     chunk_size: int = 256
-    """clips in one backward pass; halved at the start, with twice the chunks, until they fit into the GPU"""
+    """clips in one backward pass of one GPU; halved at the start, with twice the chunks, until they fit into it"""
     chunks: int = 2
-    """chunks in one step, at first; two or more, so that the noise of the gradient can be measured"""
+    """chunks of each GPU in one step, at first; two or more in all, as the noise is measured between them"""
     controller: ControllerName = "off"
     """what moves rate and batch beside the schedule: ema-batch (published: the rate falls as the noise grows), batch
     (the batch follows the noise), seesaw (half of the decay becomes batch)"""
@@ -112,7 +115,7 @@ class Config:
     def __post_init__(self) -> None:
         if min(self.open_shards, self.save_every, self.log_every) < 1:
             raise ValueError("--open-shards, --save-every and --log-every must be at least 1")
-        if min(self.chunk_size, self.chunks, self.target_clips) < 2:
+        if min(self.chunk_size, self.chunks * world_size(), self.target_clips) < 2 or self.chunks < 1:
             raise ValueError("--chunk-size, --chunks and --target-clips must be at least 2: they are compared")
         lengths.check(self.lengths, self.chunk_size, self.controller)
         if self.keep < 0:
@@ -128,8 +131,8 @@ class Config:
             )
 
     def batch_size(self) -> int:
-        """Clips of the first step, and of all unless a controller changes it."""
-        return self.chunk_size * self.chunks
+        """Clips of the first step on all ranks together, and of all steps unless a controller changes it."""
+        return self.chunk_size * self.chunks * world_size()
 
     def largest_batch(self) -> int:
         """Clips of the largest step that the controller may ask for."""
@@ -139,7 +142,7 @@ class Config:
         """What the controller starts from; the noise that it looks at is new at each log point only."""
         return Control(
             schedule=self.schedule,
-            chunk_samples=self.chunk_size,
+            chunk_samples=self.chunk_size * world_size(),
             base_chunks=self.chunks,
             max_chunks=MAX_GROWTH * self.chunks,
             check_samples=max(Control.check_samples, self.log_every),
@@ -184,18 +187,17 @@ class Run:
     """Everything that lives from the first step to the last."""
 
     config: Config
+    ranks: Ranks
     id: str
     learning: Learning
     validation: Validation
     lake: Lake
     owner: Owner
     feed: Feed
-    journal: Journal
+    journal: Pulse
     best: float = float("inf")
     """lowest validation MSE so far, and its step"""
     best_step: int = 0
-    covered: dict[str, Any] = field(default_factory=dict)
-    """state of the reader after the last whole step"""
     is_whole: bool = False
     """whether all parts of the state belong to the same step"""
     timed_from: tuple[int, float] = (0, 0.0)
@@ -221,38 +223,40 @@ def refuse_another(config: Config, state: dict[str, Any], lake: Lake) -> None:
         differing = [name for name in asked[what] if kept.get(name) != asked[what][name]]
         if differing:
             raise UserError(f"{config.out} holds a {what} with another {', '.join(differing)}; choose another --out")
-    if state["lake"] != lake.setting("id"):
+    if "lakes" not in state["reader"]:
+        raise UserError(f"{config.out} holds a run of an earlier version of this code; choose another --out")
+    if lake.setting("id") not in state["reader"]["lakes"]:
         raise UserError(
             f"{config.out} learned from another lake than {config.lake}, whose shard numbers mean other clips; "
             f"name that lake with --lake, or choose another --out"
         )
 
 
-def new_learning(config: Config, teacher: Teacher) -> Learning:
+def new_learning(config: Config, teacher: Teacher, ranks: Ranks = ALONE) -> Learning:
     """Before its first step, compiled on a GPU."""
-    pace = Pace(config.control(), config.controller, config.warmup == "critical", torch.device(config.device))
+    pace = Pace(config.control(), config.controller, config.warmup == "critical", torch.device(config.device), ranks)
     learning = Learning(teacher, config.model, config.loss, pace, config.weight_decay, config.seed)
     if config.device == "cuda":
         learning.learner.compile(dynamic=False)
     return learning
 
 
-def fitted(config: Config, teacher: Teacher) -> Config:
-    """The same batch in chunks that fit into the memory of the GPU."""
+def fitted(config: Config, teacher: Teacher, ranks: Ranks = ALONE) -> Config:
+    """The same batch in chunks that fit into the memory of every rank's GPU; each tries by itself."""
 
     def rehearse(size: int) -> None:
         smaller = dataclasses.replace(config, chunk_size=size, chunks=2)
         rehearse_steps(new_learning(smaller, teacher), size, config.target_clips)
 
-    size = chunk_that_fits(config.chunk_size, config.loss, torch.device(config.device), rehearse)
+    size = min(ranks.gather(chunk_that_fits(config.chunk_size, config.loss, torch.device(config.device), rehearse)))
     return dataclasses.replace(config, chunk_size=size, chunks=config.chunks * config.chunk_size // size)
 
 
-def open_run(config: Config) -> Run:
-    """Begin a run, or take it up where its newest whole checkpoint left it."""
+def open_run(config: Config, ranks: Ranks) -> Run:
+    """Begin a run, or take it up where its newest whole checkpoint left it; only the first rank needs to have one."""
     device = torch.device(config.device)
     lake = Lake.open(config.lake)
-    state, path = checkpoint.load_newest(config.out) or (None, None)
+    state, path = ranks.share((checkpoint.load_newest(config.out) if ranks.is_first else None) or (None, None))
     if state:
         refuse_another(config, state, lake)
     revision = config.teacher_revision or (state["teacher_revision"] if state else None)
@@ -261,18 +265,20 @@ def open_run(config: Config) -> Run:
         raise UserError(f"{config.out} learned from another teacher, {state['teacher_revision']}; choose another --out")
     if config.device == "cuda":
         teacher.model.compile(dynamic=False)
-    config = fitted(config, teacher)
-    run_id = state["run"] if state else uuid.uuid4().hex
-    write_config(config.out, config, teacher_revision=teacher.revision, run_id=run_id, is_stand_in=teacher.is_stand_in)
+    config = fitted(config, teacher, ranks)
+    if len(set(ranks.gather(teacher.revision))) > 1:
+        raise UserError(f"the ranks found different revisions of {config.teacher}; name one with --teacher-revision")
+    run_id = ranks.share(state["run"] if state else uuid.uuid4().hex)
+    if ranks.is_first:
+        facts = {"teacher_revision": teacher.revision, "is_stand_in": teacher.is_stand_in, "run_id": run_id}
+        write_config(config.out, config, **facts, num_ranks=ranks.size)
 
-    learning = new_learning(config, teacher)
+    learning = new_learning(config, teacher, ranks)
     if state:
         learning.load_state_dict(state)
         print(f"resuming {config.out} at step {learning.step}, {learning.samples} clips")
-        if state["best_step"] == learning.step and path.name == checkpoint.LATEST:
-            checkpoint.keep_as_best(config.out)  # a kill may have come between the two names
-        if path.name == checkpoint.LATEST:
-            checkpoint.keep_numbered(config.out, learning.step, config.keep)
+        if ranks.is_first and path.name == checkpoint.LATEST:  # a kill may have come before its other names
+            name_checkpoint(config, learning.step, is_best=state["best_step"] == learning.step)
 
     owner, view = Owner(lake.root, "train"), View(MelPcen().to(device), device, config.seed, config.pad_share)
     drawing = Drawing(
@@ -281,12 +287,13 @@ def open_run(config: Config) -> Run:
         **{"sizes": lengths.sizes_of(config.lengths), "batches_per_size": config.chunks},
     )
     allocate = pinned_memory if config.device == "cuda" else ordinary_memory
-    reader = LakeReader(lake, owner, drawing, state["reader"] if state else None, allocate)
+    wandb_id = run_id if config.wandb else None
+    pulse = config.out / progress_file(ranks.node) if ranks.speaks else None
     return Run(
-        **{"config": config, "id": run_id, "learning": learning, "lake": lake, "owner": owner},
-        validation=Validation(lake, teacher, view.frontend, device, config.probe_table),
-        feed=Feed(reader, view),
-        journal=Journal(config.out, learning.step, run_id if config.wandb else None),
+        **{"config": config, "ranks": ranks, "id": run_id, "learning": learning, "lake": lake, "owner": owner},
+        validation=Validation(lake, teacher, view.frontend, device, config.probe_table if ranks.is_first else None),
+        feed=Feed(lake, owner, drawing, view, ranks, state["reader"] if state else None, allocate),
+        journal=Journal(config.out, learning.step, wandb_id) if ranks.is_first else Pulse(pulse),
         **({name: state[name] for name in ("best", "best_step")} if state else {}),
     )
 
@@ -298,19 +305,18 @@ def begin(run: Run, stop: StopRequest) -> bool:
     """
     config, learning = run.config, run.learning
     is_new = learning.objective is None
-    while is_new and not has_sample(run.lake, config.target_clips) and not stop:
+    while is_new and not (has_sample := run.feed.has_sample(config.target_clips, stop)):
+        if has_sample is None:
+            return False
         wait(run, stop, f"{config.target_clips} clips for --target-clips are not ready")
-    if stop or (is_new and num_ready(run.lake) < 2):
-        return False
     if config.teacher_precision == "bf16" or (config.teacher_precision == "auto" and config.device == "cuda"):
         to_bfloat16(learning.teacher, run.validation.anchor_part(PRECISION_CLIPS))
     if config.warmup == "critical":
         learning.held_out = run.validation.anchor_part(config.chunk_size)
     if is_new:
-        clips = first_clips(run.lake, config.target_clips, config.chunk_size)
-        sample = ((ids, run.feed.view(samples, ids)) for ids, samples in clips)
-        learning.start_with(measure(learning.teacher, config.loss, sample, config.seed))
-    run.covered, run.is_whole = run.feed.reader.state(), True
+        sample = run.feed.sample(config.target_clips)
+        learning.start_with(measure(learning.teacher, config.loss, sample, config.seed, run.ranks))
+    run.is_whole = True
     return True
 
 
@@ -318,15 +324,13 @@ def train(run: Run, stop: StopRequest) -> str:
     """The loop. Returns why it ended, for people."""
     config, learning = run.config, run.learning
     if not begin(run, stop):
-        return leave(run, stop)
+        return leave(run, any(run.ranks.gather(bool(stop))))
     run.timed_from = (learning.samples, time.monotonic())
     while not learning.is_done():
-        for _ in range(learning.begin_step().num_chunks):
-            batch = run.feed.next(stop, lambda: wait(run, stop, "no shard is ready"))
-            if batch is None:
-                return leave(run, stop)
-            beat(run, is_waiting=False)
-            learn_from(run, batch)
+        if not learn_chunks(run, stop):
+            if not run.feed.is_stopping() and deal_anew(run):
+                continue
+            return leave(run, run.feed.is_stopping())
         terms = finish_step(run)
 
         if learning.has_passed(config.log_every):
@@ -338,13 +342,25 @@ def train(run: Run, stop: StopRequest) -> str:
     return "all clips are done"
 
 
+def learn_chunks(run: Run, stop: StopRequest) -> bool:
+    """All chunks of a step. False if there is not a chunk for every rank, now or later, or if all should stop."""
+    for _ in range(run.learning.begin_step().num_chunks):
+        batch = run.feed.next(stop, lambda: wait(run, stop, "no shard is ready"))
+        if batch is None:
+            return False
+        beat(run, is_waiting=False)
+        learn_from(run, batch)
+    return True
+
+
 def learn_from(run: Run, batch: Batch) -> None:
     """One chunk of a step."""
+    names = run.feed.names(batch.ids)
     if batch.clips_per_sound == 1:
-        run.learning.add(run.feed.spectrogram(batch), batch.ids)
+        run.learning.add(run.feed.spectrogram(batch), names)
     else:
         whole, windows = run.feed.long_spectrograms(batch)
-        run.learning.add(whole, batch.ids, windows)
+        run.learning.add(whole, names, windows)
 
 
 def finish_step(run: Run) -> dict[str, Tensor]:
@@ -352,14 +368,24 @@ def finish_step(run: Run) -> dict[str, Tensor]:
     run.is_whole = False
     terms = run.learning.finish_step()
     run.feed.mark_trained(run.learning.ids())
-    run.covered, run.saves_here = run.feed.reader.state(), 0
-    run.is_whole = True
+    run.is_whole, run.saves_here = True, 0
     return terms
 
 
-def leave(run: Run, stop: StopRequest) -> str:
+def deal_anew(run: Run) -> bool:
+    """A rank has run dry: give it shards of others, and begin the step again, if that makes a whole step."""
+    share = run.feed.better_deal(run.learning.plan.num_chunks * run.config.chunk_size)
+    if share is None:
+        return False
+    save(run)
+    run.feed.take(share)
+    print(f"step {run.learning.step}: a rank has run dry, and what the others had left is dealt anew")
+    return True
+
+
+def leave(run: Run, is_stopping: bool) -> str:
     """Save before the last step. Returns why, for people; raises UserError if there was nothing to learn from."""
-    if stop:
+    if is_stopping:
         if run.is_whole:
             save(run)
         return "asked to stop"
@@ -374,10 +400,15 @@ def leave(run: Run, stop: StopRequest) -> str:
 
 
 def wait(run: Run, stop: StopRequest, reason: str) -> None:
-    """A moment without data."""
-    beat(run, is_waiting=True)
+    """A moment without data.
+
+    If the lake is full of shards that only a checkpoint can release, lake and trainer would wait for each other: save,
+    and twice, because a shard goes when the second-newest checkpoint covers it.
+    """
+    beat(run, is_waiting=run.feed.is_short())
     run.feed.reader.report()
-    free_room_if_blocked(run)
+    if run.feed.must_save() and run.saves_here < 2:
+        return save(run)
     if time.monotonic() > run.say_at:
         print(f"waiting for data: {reason} in {run.config.lake}; is datalake/run_lake.py running?")
         run.say_at = time.monotonic() + SAY_STARVED_EVERY_S
@@ -390,16 +421,6 @@ def beat(run: Run, is_waiting: bool) -> None:
     missing = run.config.schedule.total_samples - learning.samples
     steps = learning.step + max(0, -(-missing // run.config.batch_size()))
     run.journal.beat(step=learning.step, steps=steps, is_waiting=is_waiting)
-
-
-def free_room_if_blocked(run: Run) -> None:
-    """Checkpoint at once if the lake is full of shards that only a checkpoint can release.
-
-    Otherwise lake and trainer would wait for each other. Twice, because a shard goes when the second-newest checkpoint
-    covers it.
-    """
-    while not run.lake.has_room() and run.feed.reader.holds_trained_shards() and run.saves_here < 2:
-        save(run)
 
 
 def stop_if_diverged(run: Run) -> None:
@@ -436,63 +457,84 @@ def log_step(run: Run, terms: dict[str, Tensor]) -> None:
 
 def validate_and_save(run: Run) -> None:
     """Validation on both held-out sets, then a checkpoint, kept as best.pt if its anchor MSE is the lowest so far."""
-    learning = run.learning
-    statistics = learning.objective.statistics
-    values = run.validation.measure(learning.ema.model, statistics)
-    run.journal.log(learning.step, {"samples": learning.samples, **values, **run.validation.drift(statistics)})
-    is_best = values.get("anchor_mse", float("inf")) < run.best
-    if is_best:
-        run.best, run.best_step = values["anchor_mse"], learning.step
+    learning, is_best = run.learning, False
+    if run.ranks.is_first:
+        statistics = learning.objective.statistics
+        values = run.validation.measure(learning.ema.model, statistics)
+        run.journal.log(learning.step, {"samples": learning.samples, **values, **run.validation.drift(statistics)})
+        is_best = values.get("anchor_mse", float("inf")) < run.best
+        if is_best:
+            run.best, run.best_step = values["anchor_mse"], learning.step
     save(run, is_best)
 
 
 def save(run: Run, is_best: bool = False) -> None:
-    """Write a checkpoint that is read back before it counts, then let the ledger retire what two of them cover."""
-    state = {
-        "run": run.id,
-        "best": run.best,
-        "best_step": run.best_step,
-        "reader": run.covered,
-        "remembered": remembered(run.config),
-        "lake": run.lake.setting("id"),
-        **run.learning.state_dict(),
-    }
-    checkpoint.save(run.config.out, state)
-    if is_best:
-        checkpoint.keep_as_best(run.config.out)
-    checkpoint.keep_numbered(run.config.out, run.learning.step, run.config.keep)
+    """Write a checkpoint that is read back before it counts, then let the ledgers retire what two of them cover."""
+    read = run.feed.state()
+    run.learning.settle()
+    if run.ranks.is_first:
+        state = {
+            "run": run.id,
+            "best": run.best,
+            "best_step": run.best_step,
+            "reader": read,
+            "remembered": remembered(run.config),
+            **run.learning.state_dict(),
+        }
+        checkpoint.save(run.config.out, state)
+        name_checkpoint(run.config, run.learning.step, is_best)
+    run.ranks.meet()  # it is durable
     run.feed.reader.record_checkpoint()
     run.saves_here += 1
 
 
+def name_checkpoint(config: Config, step: int, is_best: bool) -> None:
+    """Give latest.pt its other names."""
+    if is_best:
+        checkpoint.keep_as_best(config.out)
+    checkpoint.keep_numbered(config.out, step, config.keep)
+
+
 def check(config: Config) -> None:
     """Refuse a device that is not there, and a cap smaller than what must be in flight, with the sum."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch finds no GPU; for a CPU: python distill_hear_vit_s_canon2d.py demo")
+    refuse_missing_gpus(config.device)
+    num_local, num_ranks = local_world_size(), world_size()
+    if config.consume == "reuse" and num_local > 1:
+        raise UserError(f"--consume reuse is for one GPU on a lake, and there are {num_local} ranks on this machine")
     if config.wandb:
         require_wandb()
+    if len(config.lengths) > 1 and num_ranks > 1:
+        raise UserError(f"--lengths is for one GPU, and there are {num_ranks} ranks; leave it out")
     if (config.lake / "ledger.sqlite").exists():
-        interval = max(config.save_every, config.largest_batch())
-        refuse_small_cap(Lake.open(config.lake), config.open_shards, interval, config.target_clips)
+        needs = [max(config.save_every, config.largest_batch()), config.target_clips]  # of all lakes
+        in_lake = [-(-clips * num_local // num_ranks) for clips in needs]
+        refuse_small_cap(Lake.open(config.lake), config.open_shards, *in_lake, num_ranks=num_local)
 
 
 def main(config: Config) -> None:
-    demo.prepare(config.teacher)
-    stop = StopRequest()
-    with alone(config.out / "lock", f"{config.out} is being trained by another process; choose another --out"):
+    stop, ranks = StopRequest(), Ranks.join(config.device)
+    if ranks.is_first:
+        demo.prepare(config.teacher)
+    if not ranks.speaks:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # warnings, on stderr, are still heard
+    ranks.meet()
+    refusal = f"{config.out} is being trained by another process; choose another --out"
+    with alone(config.out / "lock", refusal) if ranks.is_first else nullcontext():
         check(config)
-        run = open_run(config)
+        run = open_run(config, ranks)
         try:
             reason = train(run, stop)
-        except Exception as e:
-            if not isinstance(e, UserError) and run.is_whole:  # whatever broke, the steps before it are good
+        except Exception as e:  # whatever broke, the steps before it are good; but one rank cannot save without others
+            if not isinstance(e, UserError) and run.is_whole and ranks.size == 1:
                 save(run)
             raise
         finally:
             run.feed.reader.close()
             run.owner.release()
             run.journal.close()
-    draw_curves(config.out)
+        ranks.leave()
+    if ranks.is_first:
+        draw_curves(config.out)
     print(
         f"{reason}: step {run.learning.step}, {run.learning.samples} of {config.schedule.total_samples} clips, "
         f"waited {run.feed.waited_s:.0f} s for data; {config.out}/latest.pt"

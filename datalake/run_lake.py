@@ -5,6 +5,7 @@ out:  <lake>/{status.json, history.jsonl, ledger.backup.sqlite}, <lake>/logs/, a
 cost: one connection to the ledger and two looks a second; not measured
 
     python datalake/run_lake.py --source DIR --lake lake    # Ctrl-C ends it in good order; run it again to go on
+    python datalake/run_lake.py --gpus 4 --lake lake        # by torchrun; several machines: datalake/README.md
     python datalake/run_lake.py demo                        # two cores, minutes, no network
     python datalake/run_lake.py doctor --lake lake          # is this machine fit for it? Also: --dry-run, the plan
     python datalake/run_lake.py status --lake lake          # from another terminal
@@ -39,7 +40,8 @@ from hear_distill.drift import warnings_of
 from hear_distill.files import GIB, UserError, free_bytes, gib, is_disk_full
 from hear_distill.lake import Lake
 from hear_distill.locks import alone
-from hear_distill.runlog import Stopped, StopRequest, read_heartbeat
+from hear_distill.nodes import Nodes
+from hear_distill.runlog import Stopped, StopRequest, progress_file, read_heartbeat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,14 @@ class Config:
     """streamers that run at least, while the lake is not full"""
     max_workers: int = 4
     """streamers at the same time, one core each"""
+    gpus: int = 1
+    """GPUs of this machine that train together"""
+    num_nodes: int = 1
+    """machines that train together, each with a lake of its own, a disjoint part of the source"""
+    node_rank: int = 0
+    """which of these machines this one is, from 0; machine 0 writes the checkpoints"""
+    rendezvous: str = ""
+    """HOST:PORT at which machine 0 can be reached by all; the same on all machines"""
     recipe: Literal["best", "paper", "demo"] = "best"
     """preset of the trainer; demo is also the streamers'"""
     stream_args: str = ""
@@ -84,11 +94,16 @@ class Config:
             raise ValueError(f"--min-workers must be 1 to --max-workers {self.max_workers}, got {self.min_workers}")
         if self.cap_gb <= 0:
             raise ValueError(f"--cap-gb must be positive, got {self.cap_gb}")
+        self.nodes().refuse()
         for name in ("stream_args", "train_args"):
             try:
                 shlex.split(getattr(self, name))
             except ValueError as e:
                 raise ValueError(f"--{name.replace('_', '-')} is not a command line: {e}") from e
+
+    def nodes(self) -> Nodes:
+        """On what the trainer runs."""
+        return Nodes(self.gpus, self.num_nodes, self.node_rank, self.rendezvous)
 
 
 PRESETS = {
@@ -159,9 +174,16 @@ def command_of(script: Path, config: Config) -> list[str]:
         word = "demo" if config.recipe == "demo" else "laion"
         more = config.stream_args
         ours = ["--source", config.source, "--cap-gb", config.cap_gb, "--max-workers", config.max_workers]
+        ours += config.nodes().part_of_source()
     else:
         word, more, ours = config.recipe, config.train_args, ["--out", config.out]
     return [sys.executable, str(script), word, *shlex.split(more), "--lake", str(config.lake), *map(str, ours)]
+
+
+def started(script: Path, config: Config) -> list[str]:
+    """The command line with which a child is started; with several ranks, `command_of` alone can only answer."""
+    command = command_of(script, config)
+    return config.nodes().launched(command) if script == TRAINER else command
 
 
 def check_children(config: Config, look: Callable[[], None] = lambda: None) -> None:
@@ -178,7 +200,8 @@ def ask(script: Path, config: Config, *more: str, look: Callable[[], None] = lam
     """
     command, said = [*command_of(script, config), *more], None
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes, text=True, start_new_session=True) as child:
+    environment = os.environ | config.nodes().environment()
+    with subprocess.Popen(command, **pipes, text=True, start_new_session=True, env=environment) as child:
         try:
             while said is None:
                 look()
@@ -202,22 +225,23 @@ def run_of(config: Config) -> plan.Run:
     return plan.Run(
         **{"lake": config.lake, "out": config.out, "source": config.source, "max_workers": config.max_workers},
         **{"cap_bytes": round(config.cap_gb * GIB), "floor_bytes": round(config.disk_floor_gb * GIB)},
-        **{"streamer": streamer, "trainer": trainer},
+        **{"streamer": streamer, "trainer": trainer, "gpus": config.gpus, "num_nodes": config.num_nodes},
     )
 
 
 def show_plan(config: Config) -> None:
     """`--dry-run`."""
     run = run_of(config)
-    gpu_name, _ = doctor.gpu(run.trainer["device"])
-    print("\n".join(plan.lines_of(run, doctor.needed_rate(run.out, gpu_name), doctor.decode_rate())))
+    gpu_name, _ = doctor.gpu(run.trainer["device"], run.gpus)
+    needed = doctor.needed_rate(run.out, gpu_name, run.gpus, run.num_nodes)
+    print("\n".join(plan.lines_of(run, needed, doctor.decode_rate())))
     print_commands(config)
 
 
 def print_commands(config: Config) -> None:
     """What is started, for people to repeat."""
     for script in (STREAMER, TRAINER):
-        print("$ " + shlex.join(["python", *command_of(script, config)[1:]]))
+        print("$ " + shlex.join(["python", *started(script, config)[1:]]))
 
 
 def start(supervisor: Supervisor, script: Path, name: str) -> Child:
@@ -225,7 +249,7 @@ def start(supervisor: Supervisor, script: Path, name: str) -> Child:
     config = supervisor.config
     return start_child(
         name,
-        command_of(script, config),
+        started(script, config),
         log=config.lake / "logs" / f"{name}.log",
         pipe=supervisor.pipe,
         heartbeat=lambda pid: heartbeat_of(script, config, pid),
@@ -235,15 +259,20 @@ def start(supervisor: Supervisor, script: Path, name: str) -> Child:
 
 def heartbeat_of(script: Path, config: Config, pid: int) -> Path:
     """The file in which a child says how far it is."""
-    return config.out / "progress.json" if script == TRAINER else config.lake / "heartbeats" / f"stream-{pid}.json"
+    return progress_of(config) if script == TRAINER else config.lake / "heartbeats" / f"stream-{pid}.json"
+
+
+def progress_of(config: Config) -> Path:
+    """The trainer's heartbeat."""
+    return config.out / progress_file(config.node_rank)
 
 
 def num_threads(script: Path, config: Config) -> int:
-    """One for a streamer, the cores that are left for the trainer: threads that share a core wait for each other.
+    """One for a streamer, for each rank of the trainer its share of the other cores: threads on one core wait.
 
     With two threads on two busy cores, a step of the demo took six times as long as with one.
     """
-    return 1 if script == STREAMER else max(1, len(os.sched_getaffinity(0)) - config.max_workers)
+    return 1 if script == STREAMER else max(1, (len(os.sched_getaffinity(0)) - config.max_workers) // config.gpus)
 
 
 def reap(supervisor: Supervisor, child: Child) -> int | None:
@@ -295,7 +324,7 @@ def worker_rate(supervisor: Supervisor, num_cut: int) -> float | None:
 def look_at(supervisor: Supervisor) -> Look:
     """What the law needs to know."""
     lake, unread, books = supervisor.lake, supervisor.lake.unread_clips(), supervisor.lake.books()
-    trainer = read_heartbeat(supervisor.config.out / "progress.json") if supervisor.trainer else {}
+    trainer = read_heartbeat(progress_of(supervisor.config)) if supervisor.trainer else {}
     num_useful = len(supervisor.workers) + lake.tar_states()["free"]
     return Look(
         time_s=time.monotonic(),
@@ -440,7 +469,8 @@ def main(config: Config) -> None:
         reader, writer = os.pipe()  # `writer` closes with this process, however it ends
         supervisor, reason = supervisor_of(config, reader), "failed"
         print_commands(config)
-        display, backups = status.Display(supervisor.lake, config.out), backup.Backups(config.lake)
+        display = status.Display(supervisor.lake, config.out, config.node_rank)
+        backups = backup.Backups(config.lake)
         try:
             while not stop_request and turn(supervisor, display):
                 backups.look()

@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 from hear_distill.files import MIB, DiskFull, UserError
-from hear_distill.runlog import SUPERVISOR_FD, read_heartbeat
+from hear_distill.runlog import LOST_A_RANK, SUPERVISOR_FD, read_heartbeat
 
 FAMILY = "HEAR_FAMILY"  # in the environment of a child, and of all that it starts
 LAST_WORDS_BYTES = 4_096
@@ -91,6 +91,7 @@ class Child:
         with self.log.open("rb") as f:
             f.seek(max(0, self.log.stat().st_size - LAST_WORDS_BYTES))
             lines = f.read().decode(errors="replace").strip().splitlines()
+        lines = [line for line in lines if not line.startswith(LOST_A_RANK)]  # another rank says why
         return lines[-1] if lines else "it said nothing"
 
     def new_warnings(self) -> list[str]:

@@ -38,9 +38,10 @@ from hear_distill.audio import CLIP_SAMPLES
 from hear_distill.files import UserError
 from hear_distill.lake import Lake
 from hear_distill.locks import Owner
-from hear_distill.schema import RECENT, Shard
+from hear_distill.schema import RECENT, TRAIN, Shard
 from hear_distill.shards import ShardBroken, read_clips, read_infos, verify_shard
 
+NOTHING_READ: dict[str, Any] = {"num_batches": 0, "coverage": {}, "uses": {}, "num_clips": {}}  # state of a new history
 AHEAD_CLIPS = 1_024  # hides the check of a shard of 1,000 clips, 0.1 s at most, from a GPU that takes 6,000 clips/s
 
 
@@ -76,6 +77,8 @@ class Drawing:
     """k that batches may have; each must divide `batch_size`"""
     batches_per_size: int = 1
     """in a row that have the same k, if there are enough such sounds"""
+    rank: int = 0
+    """of this process among those that train the same model: each draws in an order of its own"""
 
 
 @dataclass(frozen=True)
@@ -220,7 +223,7 @@ class Drawer:
 
         The draw is addressed by the number of the batch. Where two passes meet, a batch may hold a clip twice.
         """
-        rng = np.random.default_rng([self.drawing.seed, self.num_drawn])
+        rng = np.random.default_rng([self.drawing.seed, self.num_drawn, self.drawing.rank])
         num_old = min(self._num_undrawn(), len(samples))
         ids = self._read_drawn(rng, samples[:num_old]) if num_old else []
         begun = []
@@ -325,7 +328,7 @@ class LakeReader:
         `allocate` gives a buffer [B, 32000] int16; a few batches live in memory, each buffer is used again and again.
         """
         self.lake, self.owner, self.drawing = lake, owner, drawing
-        state = state or {"num_batches": 0, "coverage": {}, "uses": {}}
+        state = state or NOTHING_READ
         self.num_batches: int = state["num_batches"]
         num_buffers = 1 + -(-drawing.ahead_clips // drawing.batch_size)
         self.free = [allocate((drawing.batch_size, CLIP_SAMPLES)) for _ in range(num_buffers)]
@@ -339,7 +342,11 @@ class LakeReader:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold to go on from here: plain numbers and bytes."""
-        return {"num_batches": self.num_batches, "coverage": self.coverage(), "uses": self.uses()}
+        num_clips = {shard_id: len(account.is_trained) for shard_id, account in self.accounts.items()}
+        return {
+            **{"num_batches": self.num_batches, "coverage": self.coverage(), "uses": self.uses()},
+            "num_clips": num_clips,
+        }
 
     def coverage(self) -> dict[int, bytes]:
         """Trained clips, in this pass, of every shard that is leased, in the order of the leases."""
@@ -409,6 +416,19 @@ class LakeReader:
     def num_unread(self) -> int:
         """Clips of open shards that no batch of this pass has held: fewer than a batch when the source is drained."""
         return sum(int((~account.is_read).sum()) for account in self.accounts.values())
+
+    def num_ready(self) -> int:
+        """Clips of shards that nobody has leased, and that were not trained on."""
+        return sum(int((~trained_clips(shard)).sum()) for shard in self.lake.ready(TRAIN))
+
+    def ahead_state(self) -> dict[str, Any]:
+        """As `state`, of the shards that only the thread knows of: leased, but not in a batch that was handed out."""
+        shards = [shard for shard in self.lake.leased(self.owner.id) if shard.id not in self.accounts]
+        return {
+            "coverage": {shard.id: np.packbits(trained_clips(shard), bitorder="little").tobytes() for shard in shards},
+            "uses": {shard.id: shard.num_uses for shard in shards if shard.num_uses},
+            "num_clips": {shard.id: shard.num_clips for shard in shards},
+        }
 
     def is_drained(self) -> bool:
         """Whether no shard can be leased any more, now or later; meant for the moment after a batch that was None."""

@@ -62,9 +62,9 @@ def findings(run: Run) -> Iterator[Finding]:
     yield shared_memory(Path("/dev/shm"))
     yield from room(run)
     yield kind_of_disk(run.lake)
-    gpu_name, gpu_finding = gpu(run.trainer["device"])
+    gpu_name, gpu_finding = gpu(run.trainer["device"], run.gpus)
     yield gpu_finding
-    needed = needed_rate(run.out, gpu_name)
+    needed = needed_rate(run.out, gpu_name, run.gpus, run.num_nodes)
     yield disk_speed(run.lake, needed)
     yield cores(run, needed, decode_rate(), len(os.sched_getaffinity(0)))
     yield teacher(run.trainer["teacher"])
@@ -97,7 +97,7 @@ def packages(requirements: Path) -> Finding:
     return Finding("ok", "packages", f"{python}, all {len(pinned)} as pinned")
 
 
-def gpu(device: str) -> tuple[str, Finding]:
+def gpu(device: str, num_wanted: int = 1) -> tuple[str, Finding]:
     """(name of the GPU, what was found); the name is empty where there is none."""
     if device == "cpu":
         return "", Finding("ok", "gpu", "none needed: --device cpu")
@@ -110,7 +110,10 @@ def gpu(device: str) -> tuple[str, Finding]:
     except FileNotFoundError:
         seen = []
     if torch.cuda.is_available():
-        name = torch.cuda.get_device_name(0)
+        name, num_found = torch.cuda.get_device_name(0), torch.cuda.device_count()
+        if num_found < num_wanted:
+            remedy = "lower --gpus, or look at CUDA_VISIBLE_DEVICES"
+            return name, Finding("MUST", "gpu", f"--gpus {num_wanted}, but torch finds {num_found}; {remedy}")
         return name, Finding("ok", "gpu", f"{'; '.join(seen) or name}; torch {torch.__version__} uses it")
     if seen:
         remedy = f"update the driver to one for CUDA {torch.version.cuda}, or install another torch"

@@ -1,7 +1,8 @@
 """What a training run tells: the same numbers to programs, to TensorBoard and to people, and that it is alive.
 
 in:   numbers by name
-out:  <out>/metrics.jsonl, <out>/tensorboard/, <out>/progress.json, lines on stdout; a run at Weights & Biases if asked
+out:  <out>/metrics.jsonl, <out>/tensorboard/ and lines on stdout, of one rank, and a run at Weights & Biases if asked;
+      a heartbeat, of one rank of each machine
 """
 
 import importlib.util
@@ -12,7 +13,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from hear_distill.files import UserError
-from hear_distill.runlog import Heartbeat, Metrics
+from hear_distill.runlog import Heartbeat, Metrics, progress_file
 
 WANDB_PROJECT = "hear_distill"
 SAID = (  # to people
@@ -45,18 +46,41 @@ def open_wandb(out: Path, run_id: str) -> Any:
         raise UserError(f"--wandb: no run at Weights & Biases ({e}); wandb login, or set WANDB_MODE=offline") from e
 
 
-class Journal:
+class Pulse:
+    """Of a rank that tells nothing but that it is alive, and that only if there is a file for it."""
+
+    def __init__(self, heartbeat: Path | None) -> None:
+        self.heartbeat = Heartbeat(heartbeat, "train") if heartbeat else None
+        self.num_beats = 0
+        self.last: dict[str, float] = {}
+        """values of the last step that was told of"""
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Nothing: another rank has the same."""
+
+    def log_step(self, step: int, values: dict[str, float]) -> None:
+        """For the heartbeat alone."""
+        self.last = values
+
+    def beat(self, **values: Any) -> None:
+        """We are alive, and doing something; cheap enough to call at every step."""
+        self.num_beats += 1
+        if self.heartbeat:
+            self.heartbeat.beat(self.num_beats, **self.last | values)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class Journal(Pulse):
     """Of a run that goes on after `step`: what earlier processes told of later steps is forgotten."""
 
     def __init__(self, out: Path, step: int, wandb_id: str | None = None) -> None:
         """`wandb_id`: id of the run at Weights & Biases; None sends nothing there."""
+        super().__init__(out / progress_file(0))
         self.wandb = open_wandb(out, wandb_id) if wandb_id else None
         self.metrics = Metrics(out, last_step=step)
         self.board = SummaryWriter(out / "tensorboard", purge_step=step + 1)
-        self.heartbeat = Heartbeat(out / "progress.json", "train")
-        self.num_beats = 0
-        self.last: dict[str, float] = {}
-        """values of the last step that was told of"""
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """One line for programs, the same numbers for TensorBoard, and the first of them for people.
@@ -75,13 +99,8 @@ class Journal:
         num_spikes = values["loss_spikes"] - self.last.get("loss_spikes", values["loss_spikes"])
         if num_spikes:
             print(f"WARNING: the loss jumped at {num_spikes:.0f} of the steps up to {step}")
-        self.last = values
+        super().log_step(step, values)
         self.log(step, values)
-
-    def beat(self, **values: Any) -> None:
-        """We are alive, and doing something; cheap enough to call at every step."""
-        self.num_beats += 1
-        self.heartbeat.beat(self.num_beats, **self.last | values)
 
     def close(self) -> None:
         """Everything is on its way to the disk."""

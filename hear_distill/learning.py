@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hear_distill.files import UserError
 from hear_distill.noise_scale import ChunkGradients, squared_norms
 from hear_distill.objective import ClipId, Learner, LossConfig, Losses, Objective, Targets
 from hear_distill.pace import Pace, is_passed
@@ -75,10 +76,11 @@ class Learning:
         self, teacher: Teacher, model: StudentConfig, loss: LossConfig, pace: Pace, weight_decay: float, seed: int
     ) -> None:
         self.teacher, self.model, self.loss, self.pace = teacher, model, loss, pace
-        self.device = pace.noise.mean.device
+        self.device, self.ranks = pace.noise.mean.device, pace.ranks
         torch.manual_seed(seed)
         token_width = teacher.model.config.hidden_size if loss.patch > 0 else None
         self.learner = Learner(Student(model), token_width).to(self.device)
+        self.ranks.copy_first(self.learner.parameters())
         self.ema = WeightEma(self.learner.student, EMA_HALF_LIFE)
         self.optimizer = make_optimizer(self.learner, pace.control.schedule.peak, weight_decay)
         self.watch = StepWatch(self.device)
@@ -140,9 +142,10 @@ class Learning:
 
         A step whose gradient is not finite changes neither weights nor moments, average, queue or noise; it is counted.
         """
-        squared = self.gradients.finish()
+        squared = self.gradients.finish()  # [2, K]
+        self.ranks.average(p.grad for p in self.learner.parameters() if p.grad is not None)
         if all(len(chunk.ids) == len(chunk.targets.embedding) for chunk in self.chunks):  # else they are other samples
-            self.pace.measure(squared, squared_norms(self.optimizer))
+            self.pace.measure(self.ranks.stack(squared.T).T, squared_norms(self.optimizer))
         grad_norm = nn.utils.clip_grad_norm_(self.learner.parameters(), MAX_GRAD_NORM)
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.rate
@@ -153,22 +156,32 @@ class Learning:
         num_clips = self.batch_size()
         self.step, self.samples = self.step + 1, self.samples + num_clips
         self.ema.update(self.learner.student, self.samples, num_clips, 1 - is_bad)
-        self.objective.finish_step([chunk.targets for chunk in self.chunks], self.ids(), 1 - is_bad)
+        self.objective.finish_step(self._embeddings(), self.ids(), 1 - is_bad)
         terms = {
             name: torch.stack([chunk.terms[name] for chunk in self.chunks]).mean() for name in self.chunks[0].terms
         }
+        self.ranks.average(terms.values())
         self.watch.update(terms["loss"], is_bad, num_clips)
-        if self.chunks[0].pulls and self.objective.balance([chunk.pulls for chunk in self.chunks]):
+        if self.chunks[0].pulls and self.objective.balance(self._pulls()):
             print(f"the weights of the loss are now {self.objective.weights}")
             self.watch.forget_losses()
         return {**terms, "grad_norm": grad_norm}
 
+    def _embeddings(self) -> Tensor:
+        """[n, E] of what the teacher said of the clips of this step, on all ranks, in their order."""
+        return self.ranks.stack(torch.cat([chunk.targets.embedding for chunk in self.chunks]))
+
+    def _pulls(self) -> list[dict[str, float]]:
+        """Of all chunks of this step. Waits for the device."""
+        mine = [{name: float(pull) for name, pull in chunk.pulls.items()} for chunk in self.chunks]
+        return [pulls for theirs in self.ranks.gather(mine) for pulls in theirs]
+
     def ids(self) -> list[ClipId]:
-        """The clips of this step."""
+        """The clips of this step that this rank has seen."""
         return [i for chunk in self.chunks for i in chunk.ids]
 
     def batch_size(self) -> int:
-        """Clips of this step when it is whole."""
+        """Clips of this step, on all ranks, when it is whole."""
         return self.plan.num_chunks * self.pace.control.chunk_samples
 
     def _probe(self) -> None:
@@ -178,13 +191,29 @@ class Learning:
         targets = self.objective.targets_of(spectrogram) if not self.pace.is_warm(self.samples) else None
 
         def held_out() -> Tensor:
-            return self.losses_of(spectrogram, targets).terms["loss"]
+            return over_ranks(self.losses_of(spectrogram, targets).terms["loss"])
 
         def training() -> Tensor:
             losses = [self.losses_of(chunk.spectrogram, chunk.targets).terms["loss"] for chunk in self.chunks]
-            return torch.stack(losses).mean()
+            return over_ranks(torch.stack(losses).mean())
+
+        def over_ranks(loss: Tensor) -> Tensor:
+            self.ranks.average([loss])
+            return loss
 
         self.pace.probe(self.samples, self.optimizer, held_out, training)
+
+    def settle(self) -> None:
+        """What all ranks do before the first of them asks for `state_dict`.
+
+        Targets whose clips any rank has trained on are forgotten. Raises UserError if the weights have come apart.
+        """
+        self.objective.forget_all_but(self.ranks.gather(set(self.objective.known_rows)))
+        if not self.ranks.are_equal(self.learner.parameters()):
+            raise UserError(
+                f"after step {self.step} the ranks have different weights, which should be the same to the bit: are "
+                f"their GPUs, or their versions of torch, of different kinds? The last checkpoint is from before that"
+            )
 
     def _parts(self) -> dict[str, Any]:
         """What has a state of its own, by its name in a checkpoint."""

@@ -177,6 +177,10 @@ class Ledger:
         """Finished shards of one split that nobody holds, oldest first."""
         return self._shards("split = ? AND state = 'ready'", split)
 
+    def leased(self, owner: str) -> list[Shard]:
+        """Shards that this trainer holds."""
+        return self._shards("owner = ? AND state = 'leased'", owner)
+
     def _shards(self, condition: str, *values: object) -> list[Shard]:
         rows = self.db.execute(f"SELECT * FROM shards WHERE {condition} ORDER BY id", values).fetchall()
         return [

@@ -10,7 +10,7 @@ B clips of a chunk   n clips of the sample   E = 512 embedding   N = 96 tokens  
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from hear_distill.losses import (
     gradient_norms,
     patch_share,
 )
+from hear_distill.ranks import ALONE, Ranks
 from hear_distill.student import Student
 from hear_distill.targets import (
     PatchStatistics,
@@ -39,7 +40,7 @@ from hear_distill.teacher import Teacher
 NUM_PROTOTYPES = 512
 PATCH_CLIPS = 512  # of the sample, from which the tokens' statistics are: 49,152 tokens
 
-ClipId = tuple[int, int]  # (shard, clip)
+ClipId = tuple[int, ...]  # (shard, clip), or with several lakes (lake, shard, clip)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,20 +107,48 @@ class Losses:
 
 @torch.no_grad()
 def measure(
-    teacher: Teacher, config: LossConfig, sample: Iterable[tuple[Sequence[ClipId], Tensor]], seed: int
+    teacher: Teacher,
+    config: LossConfig,
+    sample: Iterable[tuple[Sequence[ClipId], Tensor]],
+    seed: int,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Embed the first clips of a run: ids and spectrograms [B, 1, 192, 128], part by part -> the state of an Objective.
 
-    Raises ValueError for a sample that is too small, or one that the teacher finds all alike.
+    Each rank embeds its own part of the sample; all get the same state, of all parts. Raises ValueError for a sample
+    that is too small, or one that the teacher finds all alike.
     """
+    ids, embeddings, tokens = embed_sample(teacher, config, sample, PATCH_CLIPS // ranks.size)
+    if ranks.size == 1:
+        return measured(config, ids, embeddings, tokens, seed)
+    parts = ranks.collect((ids, [e.cpu() for e in embeddings], [t.cpu() for t in tokens]))
+    state = None
+    if parts is not None:
+        device = next(teacher.parameters()).device
+        ids, embeddings, tokens = ([item for part in parts for item in part[i]] for i in range(3))
+        state = measured(config, ids, [e.to(device) for e in embeddings], [t.to(device) for t in tokens], seed)
+    return ranks.share(_on_cpu(state))
+
+
+def embed_sample(
+    teacher: Teacher, config: LossConfig, sample: Iterable[tuple[Sequence[ClipId], Tensor]], num_patch_clips: int
+) -> tuple[list[ClipId], list[Tensor], list[Tensor]]:
+    """Ids; embeddings [B, E], part by part; tokens [B, N, P] of about the first `num_patch_clips`, if they are used."""
     ids: list[ClipId] = []
     embeddings, tokens = [], []
     for part_ids, spectrogram in sample:
-        needs_tokens = config.patch > 0 and len(ids) < PATCH_CLIPS
+        needs_tokens = config.patch > 0 and len(ids) < num_patch_clips
         embedding, patches = embed(teacher, spectrogram, needs_tokens)
         ids += part_ids
         embeddings.append(embedding)
         tokens += [patches] if patches is not None else []
+    return ids, embeddings, tokens
+
+
+def measured(
+    config: LossConfig, ids: Sequence[ClipId], embeddings: Sequence[Tensor], tokens: Sequence[Tensor], seed: int
+) -> dict[str, Any]:
+    """The state of an Objective from what `embed_sample` found."""
     raw = torch.cat(embeddings)  # [n, E]
     statistics = measure_targets(raw)
     known = statistics.standardise(raw)
@@ -130,9 +159,16 @@ def measure(
         "prototypes": make_prototypes(known, NUM_PROTOTYPES, seed) if config.prototype > 0 else None,
         "weights": asdict(config.weights()),
         "is_balanced": False,
-        "known_ids": torch.tensor(ids, dtype=torch.int64),  # [n, 2]
+        "known_ids": torch.tensor(ids, dtype=torch.int64),  # [n, 2 or 3]
         "known": known,
     }
+
+
+def _on_cpu(value: Any) -> Any:
+    """A nested state with its tensors on the CPU."""
+    if isinstance(value, Mapping):
+        return {name: _on_cpu(item) for name, item in value.items()}
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def embed(teacher: Teacher, spectrogram: Tensor, with_patches: bool) -> tuple[Tensor, Tensor | None]:
@@ -171,7 +207,7 @@ class Objective:
             "prototypes": self.prototypes,
             "weights": asdict(self.weights),
             "is_balanced": self.is_balanced,
-            "known_ids": torch.tensor(list(self.known_rows), dtype=torch.int64).reshape(-1, 2),
+            "known_ids": torch.tensor(list(self.known_rows), dtype=torch.int64),
             "known": self.known[rows],
         }
 
@@ -223,9 +259,14 @@ class Objective:
         self.weights, self.is_balanced = balanced_weights(pulls, self.weights), True
         return True
 
-    def finish_step(self, chunks: Sequence[Targets], ids: Iterable[ClipId], is_taken: Tensor) -> None:
-        """After the optimiser step: these embeddings enter the queue if the step was taken, known targets are used."""
+    def finish_step(self, embeddings: Tensor, ids: Iterable[ClipId], is_taken: Tensor) -> None:
+        """After the optimiser step: [n, E], of all ranks, enter the queue if the step was taken; what was known of
+        `ids`, the clips of this rank, has been used."""
         if self.queue:
-            self.queue.push(torch.cat([targets.embedding for targets in chunks]), is_taken)
+            self.queue.push(embeddings, is_taken)
         for i in ids:
             self.known_rows.pop(i, None)
+
+    def forget_all_but(self, waiting: Sequence[Collection[ClipId]]) -> None:
+        """Keep the targets that are in all of these: what each rank has not used yet."""
+        self.known_rows = {i: row for i, row in self.known_rows.items() if all(i in ids for ids in waiting)}

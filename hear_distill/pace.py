@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hear_distill.critical_lr import NUM_KEPT, CriticalRate, peak_rate, under_ceiling
 from hear_distill.noise_scale import NoiseScale
+from hear_distill.ranks import ALONE, Ranks
 from hear_distill.schedule import CONTROLLERS, Control, Plan
 
 NOISE_HALF_LIFE = 44_000  # clips; as published: 0.99 a measurement, one each 5 steps of 128 clips
@@ -34,8 +35,17 @@ def is_passed(before: int, after: int, every: int) -> bool:
 class Pace:
     """The state of it. Waits for the device in `look` and `probe` only."""
 
-    def __init__(self, control: Control, controller: ControllerName, is_critical: bool, device: torch.device) -> None:
+    def __init__(
+        self,
+        control: Control,
+        controller: ControllerName,
+        is_critical: bool,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        """All ranks are given the same numbers, so all make the same plans; the control is of all ranks together."""
         self.control, self.controller, self.is_critical = control, CONTROLLERS[controller], is_critical
+        self.ranks = ranks
         self.noise = NoiseScale(NOISE_HALF_LIFE, device)
         self.noise_batch = math.nan
         """when last looked at; controllers see this, so that they never wait for the device"""
@@ -78,13 +88,13 @@ class Pace:
             self.held_out.probe(optimizer, held_out)
 
     def measure(self, chunk_squared: Tensor, mean_squared: Tensor) -> None:
-        """What `ChunkGradients.finish` and, before clipping, `squared_norms` returned."""
-        self.noise.update(chunk_squared, mean_squared, self.control.chunk_samples)
+        """What `ChunkGradients.finish` (of all ranks) and, before clipping, `squared_norms` returned."""
+        self.noise.update(chunk_squared, mean_squared, self.control.chunk_samples // self.ranks.size)
 
     def look(self) -> dict[str, float]:
         """The numbers for a log point. Waits; the controllers work with these until the next call."""
         values = self.noise.values()
-        self.noise_batch = values["noise_batch"]
+        self.noise_batch = self.ranks.share(values["noise_batch"])
         if self.is_critical:
             values["critical_rate"], values["critical_rate_error"] = self.held_out.value()
             values["critical_rate_of_training"] = self.training.value()[0]

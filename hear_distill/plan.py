@@ -39,10 +39,13 @@ class Run:
     streamer: Mapping[str, Any]
     """every field of its Config"""
     trainer: Mapping[str, Any]
+    gpus: int = 1
+    """of this machine"""
+    num_nodes: int = 1
 
     def batch(self) -> int:
         """Clips of a step, as long as no controller changes it."""
-        return self.trainer["chunks"] * self.trainer["chunk_size"]
+        return self.trainer["chunks"] * self.trainer["chunk_size"] * self.gpus * self.num_nodes
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,9 @@ class Rate:
 def in_flight(run: Run) -> dict[str, int]:
     """Clips that must fit under the cap at the same time, by reason. The trainer refuses a cap below their sum."""
     shard_clips, val_clips = run.streamer["shard_clips"], run.streamer["val_clips"]
-    open_shards, target_clips = run.trainer["open_shards"], run.trainer["target_clips"]
-    interval = max(run.trainer["save_every"], run.batch())
+    open_shards = room.shards_of_ranks(run.trainer["open_shards"], shard_clips, run.gpus)
+    needs = [max(run.trainer["save_every"], run.batch()), run.trainer["target_clips"]]  # of all lakes
+    interval, target_clips = (-(-clips // run.num_nodes) for clips in needs)
     return room.in_flight(shard_clips, val_clips, run.max_workers, open_shards, interval, target_clips)
 
 
@@ -96,7 +100,7 @@ def lines_of(run: Run, needed: Rate | None, per_worker: Rate) -> list[str]:
     training = f"training    {-(-clips // run.batch()):,} steps x {run.batch():,} = {clips:,} clips"
     if needed is None:
         return [*lines, f"stock       {stock:,} clips; not known how long they last", f"{training}; not known how long"]
-    slower = min(needed.clips_per_s, filling.clips_per_s)
+    slower = min(needed.clips_per_s, filling.clips_per_s) * run.num_nodes
     share = max(0.0, 1 - filling.clips_per_s / needed.clips_per_s)
     lines += [
         f"stock       {stock:,} clips: {duration(stock / needed.clips_per_s)} at {needed}",
@@ -108,14 +112,15 @@ def lines_of(run: Run, needed: Rate | None, per_worker: Rate) -> list[str]:
 # ---- rates ----
 
 
-def needed_rate(out: Path, gpu_name: str) -> Rate | None:
-    """Clips per second that the trainer takes: as measured by the run, or as expected of this GPU; None if unknown."""
+def needed_rate(out: Path, gpu_name: str, gpus: int = 1, num_nodes: int = 1) -> Rate | None:
+    """Clips per second that the trainer takes from this lake: as measured by the run, or as expected of so many of
+    these GPUs; None if unknown."""
     measured = read_heartbeat(out / "progress.json").get("clips_per_s")
     if measured:
-        return Rate(measured, f"measured by {out}")
+        return Rate(measured / num_nodes, f"measured by {out}")
     for name, clips_per_s in GPU_CLIPS_PER_S.items():
         if name in gpu_name:
-            return Rate(clips_per_s, f"estimated for {name}, not measured")
+            return Rate(gpus * clips_per_s, f"estimated for {f'{gpus} x ' if gpus > 1 else ''}{name}, not measured")
     return None
 
 

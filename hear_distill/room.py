@@ -4,6 +4,7 @@ in:   a lake, and what the trainer keeps in flight
 out:  nothing, or a refusal with the sum
 """
 
+from hear_distill.data import AHEAD_CLIPS
 from hear_distill.files import UserError, gib
 from hear_distill.lake import Lake
 from hear_distill.shards import shard_bytes
@@ -28,10 +29,16 @@ def in_flight(
     return needs
 
 
-def refuse_small_cap(lake: Lake, open_shards: int, interval: int, target_clips: int) -> None:
+def shards_of_ranks(open_shards: int, shard_clips: int, num_ranks: int) -> int:
+    """Shards that the ranks on a lake hold. Of several, none may wait for room that another one reads ahead in."""
+    return open_shards if num_ranks == 1 else num_ranks * (open_shards + -(-AHEAD_CLIPS // shard_clips))
+
+
+def refuse_small_cap(lake: Lake, open_shards: int, interval: int, target_clips: int, num_ranks: int = 1) -> None:
     """Raise UserError if the cap of the lake is below what is in flight."""
     shard_clips, val_clips, workers = (int(lake.setting(name)) for name in ("shard_clips", "val_clips", "max_workers"))
-    needs = in_flight(shard_clips, val_clips, workers, open_shards, interval, target_clips)
+    num_open = shards_of_ranks(open_shards, shard_clips, num_ranks)
+    needs = in_flight(shard_clips, val_clips, workers, num_open, interval, target_clips)
     needed_bytes = shard_bytes(sum(needs.values()))
     if lake.cap_bytes() < needed_bytes:
         terms = " + ".join(f"{name} ({gib(shard_bytes(clips))})" for name, clips in needs.items())

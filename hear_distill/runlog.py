@@ -22,6 +22,8 @@ from hear_distill.files import atomic_write, write_json
 HEARTBEAT_S = 2.0
 SUPERVISOR_FD = "HEAR_SUPERVISOR_FD"  # read end of a pipe that the supervisor holds open while it lives
 LOOK_UP_S = 0.05  # how late a sleeping process notices that it should stop
+LAUNCHER_PID = "HEAR_LAUNCHER_PID"  # of the parent of a rank, which holds no pipe: torchrun passes none on
+LOST_A_RANK = "leaving, as another rank has ended"  # begins what ranks say that only follow another one
 SECONDS_TO_END = 8.0  # from the closed pipe to the hard end; a checkpoint fits
 
 
@@ -98,6 +100,11 @@ class Heartbeat:
             self.next_write = time.monotonic() + HEARTBEAT_S
 
 
+def progress_file(node: int) -> str:
+    """In a run folder, the trainer's heartbeat for the supervisor of this machine; machines may share the folder."""
+    return f"progress-{node}.json" if node else "progress.json"
+
+
 def read_heartbeat(path: Path) -> dict[str, Any]:
     """The last heartbeat, or an empty dictionary if there was none yet."""
     try:
@@ -122,6 +129,8 @@ class StopRequest:
         signal.signal(signal.SIGINT, self._on_interrupt)
         if SUPERVISOR_FD in os.environ:
             threading.Thread(target=self._watch_supervisor, args=(int(os.environ[SUPERVISOR_FD]),), daemon=True).start()
+        elif LAUNCHER_PID in os.environ:
+            threading.Thread(target=self._watch_launcher, args=(int(os.environ[LAUNCHER_PID]),), daemon=True).start()
 
     def __bool__(self) -> bool:
         return self.is_set
@@ -148,6 +157,14 @@ class StopRequest:
 
     def _watch_supervisor(self, fd: int) -> None:
         os.read(fd, 1)  # nobody ever writes: this returns when the last holder of the other end is gone
+        self._end()
+
+    def _watch_launcher(self, pid: int) -> None:
+        while os.getppid() == pid:  # whoever loses its parent gets another
+            time.sleep(LOOK_UP_S)
+        self._end()
+
+    def _end(self) -> None:
         self.is_set = True
         time.sleep(SECONDS_TO_END)
         os._exit(1)

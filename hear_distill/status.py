@@ -22,7 +22,7 @@ from hear_distill import drift, history
 from hear_distill.files import gib, write_json
 from hear_distill.lake import Lake
 from hear_distill.locks import is_locked
-from hear_distill.runlog import finite_or_null, read_heartbeat
+from hear_distill.runlog import finite_or_null, progress_file, read_heartbeat
 from hear_distill.schema import Books
 
 LOCK = "supervisor.lock"  # held by the one supervisor of a lake while it lives
@@ -122,9 +122,9 @@ def state_of(status: dict[str, Any]) -> str:
 class Display:
     """Writes status.json and the history, and one line that stays in place on a terminal or comes now and then."""
 
-    def __init__(self, lake: Lake, out: Path) -> None:
-        """`out` is the run folder of the trainer."""
-        self.lake, self.out = lake, out
+    def __init__(self, lake: Lake, out: Path, node: int = 0) -> None:
+        """`out` is the run folder of the trainer, `node` the number of this machine among those that train together."""
+        self.lake, self.progress = lake, out / progress_file(node)
         self.recent, self.started = history.Recent(), time.monotonic()
         self.drift: dict[str, float] = {}  # a number per statistic, NaN where there is too little to measure
         self.next_status = self.next_line = self.next_history = 0.0
@@ -151,7 +151,7 @@ class Display:
         status = {
             **{"time": time.time(), "pid": os.getpid(), "running_s": now_s - self.started},
             **{**asdict(control), "logs": str(self.lake.root / "logs"), **ledger_part(self.lake)},
-            "trainer": finite_or_null(read_heartbeat(self.out / "progress.json")),
+            "trainer": finite_or_null(read_heartbeat(self.progress)),
             **{"drift": finite_or_null(self.drift), "drift_warnings": drift.warnings_of(self.drift)},
         }
         self.recent.look(now_s, status["trainer"], **{"in": status["books"]["cut"], "out": num_read(status)})

@@ -32,6 +32,7 @@ FLAGS = {
     SUPERVISOR: {
         *("lake", "source", "out", "cap-gb", "disk-floor-gb", "on-event"),
         *("min-workers", "max-workers", "recipe", "stream-args", "train-args"),
+        *("gpus", "num-nodes", "node-rank", "rendezvous"),
         *("dry-run", "json", "deep", "repair"),
     },
     TRAINER: {
@@ -292,6 +293,15 @@ STAGE_MISTAKES = {
     "supervisor, flag": (SUPERVISOR, ["--cap", "4"], "--cap-gb"),
     "supervisor, type": (SUPERVISOR, ["--max-workers", "2.5"], "--max-workers"),
     "supervisor, impossible": (SUPERVISOR, ["--max-workers", "0"], "--max-workers must be at least 1, got 0"),
+    "supervisor, no gpus": (SUPERVISOR, ["--gpus", "0"], "--gpus and --num-nodes must be at least 1"),
+    "supervisor, alone of two": (SUPERVISOR, ["--num-nodes", "2"], "--num-nodes 2 needs --rendezvous HOST:PORT"),
+    "supervisor, no port": (SUPERVISOR, ["--num-nodes", "2", "--rendezvous", "here"], "HOST:PORT, got 'here'"),
+    "supervisor, third of two": (
+        SUPERVISOR,
+        ["--num-nodes", "2", "--node-rank", "2"],
+        "must be from 0 to 1",
+    ),
+    "supervisor, meets nobody": (SUPERVISOR, ["--rendezvous", "a:1"], "--rendezvous is for --num-nodes 2 or more"),
     "supervisor, too many at least": (SUPERVISOR, ["--min-workers", "5"], "--min-workers must be 1 to --max-workers 4"),
     "status, no lake": (SUPERVISOR, ["status"], "no lake at lake"),
     "fsck, no lake": (SUPERVISOR, ["fsck", "--lake", "nowhere"], "no lake at nowhere"),

@@ -125,7 +125,7 @@ def test_shared_memory_of_a_container_is_too_small_for_several_gpus(monkeypatch)
     assert doctor.shared_memory(Path("/dev")).grade == "ok"
 
 
-def fake_gpu(monkeypatch, smi: str | None, is_available: bool) -> None:
+def fake_gpu(monkeypatch, smi: str | None, is_available: bool, count: int = 1) -> None:
     import torch
 
     def run_smi(*_: object, **__: object) -> SimpleNamespace:
@@ -136,6 +136,14 @@ def fake_gpu(monkeypatch, smi: str | None, is_available: bool) -> None:
     monkeypatch.setattr(doctor.subprocess, "run", run_smi)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: is_available)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+@pytest.mark.parametrize(("count", "grade"), [(2, "ok"), (1, "MUST")])
+def test_each_rank_needs_a_gpu(monkeypatch, count, grade):
+    fake_gpu(monkeypatch, "NVIDIA H200, 580.1, 143771 MiB\n", True, count)
+    _, finding = doctor.gpu("cuda", 2)
+    assert finding.grade == grade and (grade == "ok" or "--gpus 2, but torch finds 1" in finding.text)
 
 
 @pytest.mark.parametrize(

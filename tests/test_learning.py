@@ -130,7 +130,7 @@ def test_a_clip_of_the_sample_gets_the_target_that_was_measured_until_it_was_tra
     found = objective.targets_of(other, [IDS[4], (77, 0), IDS[9]]).embedding
     assert torch.equal(found[[0, 2]], expected)  # though these images are others
     torch.testing.assert_close(found[1], objective.targets_of(other, [(1, 1), (77, 0), (1, 2)]).embedding[1])
-    objective.finish_step([objective.targets_of(other)], [IDS[4]], torch.ones(()))
+    objective.finish_step(objective.targets_of(other).embedding, [IDS[4]], torch.ones(()))
     assert not torch.equal(objective.targets_of(other, [IDS[4], (77, 0), IDS[9]]).embedding[0], expected[0])
     assert len(objective.state_dict()["known"]) == len(IDS) - 1
 

@@ -7,15 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from lake_tools import batches_of, die, ids_of, make_lake, noise
+from lake_tools import batches_of, die, filled_lake, ids_of, make_lake, noise
 from test_learning import CPU, frozen, learning_of, spectrograms, step  # noqa: F401
 from test_train import assert_same_end, story_of
 from train_tools import sounds_in
 
 from hear_distill import checkpoint, lengths
-from hear_distill.data import Batch
+from hear_distill.data import Batch, Drawing
 from hear_distill.feed import Feed, View
 from hear_distill.frontend import MelPcen
+from hear_distill.locks import Owner
 from hear_distill.objective import LossConfig
 from hear_distill.schema import Part
 from hear_distill.shards import Clip, read_infos, shard_bytes, write_shard
@@ -246,8 +247,11 @@ def test_the_noise_is_measured_in_steps_of_clips_only_and_all_steps_count_their_
     assert not all(torch.equal(after[name], changed[name]) for name in after)
 
 
-def test_long_and_broken_up_clips_are_counted_from_one_look_to_the_next():
-    feed = Feed(reader=None, view=View(MelPcen(), CPU, seed=0, pad_share=0.0))
+def test_long_and_broken_up_clips_are_counted_from_one_look_to_the_next(tmp_path):
+    lake = filled_lake(tmp_path, 4)
+    drawing = Drawing(run="r", seed=0, num_open=1, batch_size=4)
+    owner = Owner(tmp_path, "train")
+    feed = Feed(lake, owner, drawing, View(MelPcen(), CPU, seed=0, pad_share=0.0))
     samples, ids = np.stack([noise(32_000, i) for i in range(4)]), [(0, i) for i in range(4)]
     for clips_per_sound, num_broken_up in ((2, 0), (1, 3), (4, 0), (1, 2)):
         batch = Batch(samples, ids, clips_per_sound, num_broken_up)
@@ -256,6 +260,9 @@ def test_long_and_broken_up_clips_are_counted_from_one_look_to_the_next():
     assert feed.num_pending == 16
     assert feed.take_length_counts() == {"long_clips": 8, "broken_up_clips": 5}
     assert feed.take_length_counts() == {"long_clips": 0, "broken_up_clips": 0}
+    feed.reader.close()
+    owner.release()
+    lake.close()
 
 
 # ---- the stage ----

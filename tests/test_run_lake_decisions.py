@@ -311,6 +311,26 @@ def test_more_arguments_for_the_trainer_leave_the_preset_that_the_word_named(sta
     assert stage.command_of(stage.TRAINER, config)[2] == word
 
 
+def test_the_trainer_of_one_gpu_is_started_without_a_launcher_and_that_of_several_machines_with_its_place(stage):
+    def started(*flags: str) -> list[list[str]]:
+        _, config = stage.cli.parse(stage.main, stage.PRESETS, flags, "", {})
+        return [stage.started(script, config) for script in (stage.TRAINER, stage.STREAMER)]
+
+    trainer, streamer = started()
+    assert trainer[1] == str(stage.TRAINER) and "--num-nodes" not in trainer + streamer
+    place = ["--num-nodes", "3", "--node-rank", "2"]
+    trainer_there, streamer_there = started("--gpus", "4", *place, "--rendezvous", "a:29500")
+    launcher = ["-m", "hear_distill.launch", "--gpus", "4", *place, "--rendezvous", "a:29500"]
+    assert trainer_there[1:] == [*launcher, *trainer[1:]]
+    assert streamer_there == [*streamer, *place]
+
+
+def test_the_heartbeat_of_another_machine_has_a_name_of_its_own(stage):
+    flags = ["--num-nodes", "2", "--node-rank", "1", "--rendezvous", "a:29500"]
+    _, config = stage.cli.parse(stage.main, stage.PRESETS, flags, "", {})
+    assert stage.heartbeat_of(stage.TRAINER, config, 7) == config.out / "progress-1.json"
+
+
 def test_what_begins_to_drift_is_said_once_and_the_users_command_is_told(stage, supervisor, monkeypatch, capsys):
     sent = []
     monkeypatch.setattr(supervisor.hook, "send", lambda *event: sent.append(event))

@@ -3,7 +3,8 @@
 A run is forked from a server that has torch loaded already, which saves the seconds that importing it takes; what runs
 is the stage's own file, from the parsing of its flags to its exit code.
 
-out:  <out>/ of the stage, and beside it <out>.log (stdout and stderr) and <out>.trained (which sounds, in which order)
+out:  <out>/ of the stage, and beside it <out>.log (stdout and stderr) and <out>.trained (which sounds, in which order);
+      <out>.1.log and <out>.1.trained of rank 1
 """
 
 import hashlib
@@ -67,6 +68,8 @@ class Training:
     flags: dict[str, Any] = field(default_factory=dict)
     is_drawn: bool = False
     """also draw the curves at the end, a second of each run"""
+    environment: dict[str, str] = field(default_factory=dict)
+    """for a process that is one of several ranks"""
 
     def but(self, **flags: Any) -> "Training":
         """The same with other flags; dots and dashes are underlines here, as in model__width and save_every."""
@@ -98,12 +101,17 @@ class Training:
 
     def said(self) -> str:
         """Stdout and stderr of the last run so far."""
-        return _text(self.out.with_suffix(".log"))
+        return _text(self.beside("log"))
+
+    def beside(self, what: str) -> Path:
+        """A file of this rank beside the run folder."""
+        rank = self.environment.get("RANK", "0")
+        return self.out.with_suffix(f".{what}" if rank == "0" else f".{rank}.{what}")
 
     def trained(self) -> list[str]:
         """Hashes of the sounds of the surviving history: a run that resumes undoes what came after its checkpoint."""
         history: list[list[str]] = []
-        for line in _text(self.out.with_suffix(".trained")).splitlines():
+        for line in _text(self.beside("trained")).splitlines():
             entry = json.loads(line)
             if isinstance(entry, int):
                 assert entry <= len(history), "resumed at a step that was never reached"
@@ -136,13 +144,14 @@ def _hash(samples: bytes) -> str:
 
 def _train(argv: list[str], training: Training, crash_at: str | None, edit: Edit | None) -> None:
     """In the forked process: what `python distill_hear_vit_s_canon2d.py ARGV` does, with a witness."""
-    log = os.open(training.out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.environ |= training.environment
+    log = os.open(training.beside("log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
     if crash_at:
         os.environ["HEAR_CRASH_AT"] = crash_at
     stage = load_stage(TRAINER)
-    _witness(stage, training.out.with_suffix(".trained"))
+    _witness(stage, training.beside("trained"))
     if not training.is_drawn:
         stage.draw_curves = lambda out: None
     if edit:
