@@ -114,7 +114,7 @@ HEAVY = ("torch", "torchaudio", "transformers", "huggingface_hub", "datasets", "
 
 def source_files() -> list[Path]:
     """Every Python file of the repository."""
-    folders = (".", "datalake", "hear_distill", "tests", "tests/reference", "benchmarks")
+    folders = (".", "datalake", "hear_distill", "tests", "tests/reference", "benchmarks", "experiments")
     return [path for folder in folders for path in sorted((ROOT / folder).glob("*.py"))]
 
 
