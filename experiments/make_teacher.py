@@ -8,8 +8,9 @@ cost: 12 min of one core with bfloat16 instructions
 
 First it reconstructs three quarters of the patches of a view from the others, as a masked autoencoder does (arXiv
 2111.06377), where the decoder sees the pooled embedding in the place of the class token: so the pooling learns as well.
-Then it learns the words of the captions. The words alone leave few directions in the embedding, so the embeddings of a
-batch are kept apart by the variance and covariance terms of VICReg (arXiv 2105.04906).
+Then it learns the words of the captions. That leaves five directions in the class token, although their number has a
+term of its own in the loss, so the pooling, which is linear, is replaced at the end by one that weighs the principal
+components of the class token more evenly.
 
 B views   V visible patches of N = 96, 12 x 8   D width   E = 512 embedding   K words   256 pixels of a patch
 """
@@ -24,7 +25,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import tyro
-from sounds import Embed, Probe, Recording, effective_rank, embed_all, read_source, spectrograms, views, vocabulary
+from sounds import (
+    Embed,
+    Probe,
+    Recording,
+    effective_rank,
+    embed_all,
+    entropy_rank,
+    read_source,
+    spectrograms,
+    views,
+    vocabulary,
+)
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
@@ -39,7 +51,9 @@ DECODER_WIDTH = 96
 BATCH = 64
 WARMUP = 0.05  # of the steps
 WEIGHT_DECAY = 0.05
-VARIANCE, COVARIANCE = 1.0, 0.04  # 25 : 1, as published
+WANTED_RANK = 128.0  # of views that were trained on; held-out clips have less
+POWERS = tuple(i / 100 for i in range(101))
+NEGLIGIBLE = 1e-8  # of the largest variance: what is below is noise of the arithmetic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +74,12 @@ class Config:
     """of the encoder"""
     reconstruct_views: int = 24_576
     """views to learn reconstruction from"""
-    label_views: int = 10_240
+    label_views: int = 4_096
     """views to learn the words from"""
-    decorrelation: float = 1.0
-    """weight of the variance and covariance terms; 0 shows what happens without"""
+    spread: float = 0.5
+    """weight of the number of directions"""
+    start: Path | None = None
+    """folder of an earlier teacher: skip the reconstruction, and go on from there"""
     rate: float = 1e-3
     """peak learning rate of AdamW"""
     seed: int = 0
@@ -150,12 +166,20 @@ def _seen(encoder: ViTModel, spectrogram: Tensor, visible: Tensor) -> tuple[Tens
 
 
 def spread_loss(embedding: Tensor) -> Tensor:
-    """[B, E] -> the variance and covariance terms of VICReg: no axis falls silent, no two say the same."""
+    """[B, E] -> -log of the participation ratio, (sum of eigenvalues)^2 / sum of their squares, of the covariance.
+
+    The ratio lies between 1, all on a line, and B - 1, alike in as many directions as a batch can have. Unlike the
+    variance and covariance terms of VICReg (arXiv 2105.04906) it does not depend on the scale.
+    """
     centred = embedding - embedding.mean(dim=0)
-    covariance = centred.T @ centred / (len(embedding) - 1)  # [E, E]
-    deviation = (covariance.diagonal() + 1e-4).sqrt()
-    off_diagonal = covariance.square().sum() - covariance.diagonal().square().sum()
-    return VARIANCE * F.relu(1 - deviation).mean() + COVARIANCE * off_diagonal / len(deviation)
+    gram = centred @ centred.T  # [B, B], with the eigenvalues of the covariance up to a factor
+    return gram.square().sum().log() - 2 * gram.trace().log()
+
+
+def fixed_axes(num_axes: int) -> Tensor:
+    """[E, num_axes]: orthonormal directions of the embedding, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.linalg.qr(torch.randn(512, num_axes, generator=generator)).Q
 
 
 def word_targets(words: list[frozenset[str]], known: list[str]) -> Tensor:
@@ -203,7 +227,7 @@ def pretrain(config: Config, recordings: list[Recording]) -> ViTModel:
 
 
 def learn_words(config: Config, recordings: list[Recording], encoder: ViTModel) -> ViTModel:
-    """A copy of the encoder whose embedding tells the words of the caption, and more than those."""
+    """A copy of the encoder whose embedding tells the words of the caption."""
     encoder, known = copy.deepcopy(encoder), vocabulary(recordings)
     head = nn.Linear(512, len(known))
     print(f"{len(known)} words: {', '.join(known)}")
@@ -212,10 +236,28 @@ def learn_words(config: Config, recordings: list[Recording], encoder: ViTModel) 
         samples, words = views(recordings, config.seed + 2, indices)
         embedding = encoder(spectrograms(samples)).pooler_output.float()
         loss = F.cross_entropy(head(embedding).float(), word_targets(words, known))
-        return loss + config.decorrelation * spread_loss(embedding) if config.decorrelation else loss
+        return loss + config.spread * spread_loss(embedding)
 
-    learn("words", [*encoder.parameters(), *head.parameters()], config.rate / 2, config.label_views, loss_of)
+    learn("words", [*encoder.parameters(), *head.parameters()], config.rate, config.label_views, loss_of)
     return encoder
+
+
+@torch.no_grad()
+def equalise(encoder: ViTModel, spectrogram: Tensor) -> float:
+    """Replace the pooling by W (h - mean) of the class token h, so that the embeddings of these views have enough rank.
+
+    Along the principal components of h, of variance v, the embedding has the variance v^(1 - power), along directions
+    that are fixed. The power, which is returned, is the smallest that gives WANTED_RANK: 1 would be whitening.
+    """
+    tokens = torch.cat([encoder(part).last_hidden_state[:, 0] for part in spectrogram.split(BATCH)]).double()  # [n, D]
+    mean = tokens.mean(dim=0)
+    _, singular, components = torch.linalg.svd(tokens - mean, full_matrices=False)
+    variance = (singular.square() / len(tokens)).clamp_min(NEGLIGIBLE * singular[0].square() / len(tokens))  # [D]
+    power = next(p for p in POWERS if entropy_rank(variance ** (1 - p)) >= WANTED_RANK or p == POWERS[-1])
+    weight = fixed_axes(len(variance)).double() * variance ** (-power / 2) @ components  # [E, D]
+    encoder.pooler.dense.weight.copy_(weight)
+    encoder.pooler.dense.bias.copy_(-weight @ mean)
+    return power
 
 
 def describe(embed: Embed, probe: Probe, held_out: Tensor) -> dict[str, float]:
@@ -229,14 +271,22 @@ def main(config: Config) -> None:
     held_out = probe.test_spectrograms()
     print(f"{len(recordings)} recordings; {len(held_out)} clips are held out")
 
-    reconstructing = pretrain(config, recordings)
+    reconstructing = (
+        load_teacher(config.start).model.requires_grad_(True) if config.start else pretrain(config, recordings)
+    )
     encoder = learn_words(config, recordings, reconstructing)
+    before = copy.deepcopy(encoder)
+    power = equalise(encoder, spectrograms(views(recordings, config.seed + 3, range(1024))[0]))
     encoder.save_pretrained(config.out)
     cpu_s = time.process_time() - began
     teacher = load_teacher(config.out)
-    models = {"teacher": teacher, "teacher before the words": _pooled(reconstructing), **untrained(config.seed)}
+    models = {"teacher": teacher, "before it was equalised": _pooled(before)}
+    models |= {"before the words": _pooled(reconstructing), **untrained(config.seed)}
     found = {name: describe(model, probe, held_out) for name, model in models.items()}
-    write_json(config.out / "report.json", {"revision": teacher.revision, "training_cpu_s": round(cpu_s), **found})
+    write_json(
+        config.out / "report.json",
+        {"revision": teacher.revision, "training_cpu_s": round(cpu_s), "power": power, **found},
+    )
     for name, values in found.items():
         print(f"{name:26}" + ", ".join(f"{key} {value:.3f}" for key, value in values.items()))
     print(f"training took {cpu_s / 60:.1f} min of CPU")

@@ -31,10 +31,10 @@ from hear_distill.student import Canon2d, Student, StudentConfig
 from hear_distill.teacher import Teacher, load_teacher
 from hear_distill.validation import closeness
 
-CHUNK, CHUNKS = 16, 2
+CHUNK, CHUNKS = 8, 2
 TARGET_CLIPS = 2048  # from which the statistics, the queue and the prototypes are
 WARMUP, DECAY = 0.05, 0.2  # of a run
-LOOK_EVERY = 320  # clips between two looks at the noise
+LOOK_EVERY = 160  # clips between two looks at the noise
 WEIGHT_DECAY = 0.05
 PAD_SHARE = 0.15
 SPLIT_SEED = CUT_SEED = VIEW_SEED = 0

@@ -28,7 +28,7 @@ from hear_distill.tasks import Table, load_table, windows
 
 MIX_SHARE = 0.5
 MIX_DB = 6.0  # the second recording is at most so much louder or quieter
-MIN_WORD_COUNT = 8  # recordings that a word must caption, to be worth learning
+MIN_WORD_COUNT = 8  # recordings that a word must caption, to be worth learning; it has two letters or more
 STOP_WORDS = frozenset({"a", "of", "the", "and", "person", "speaking"})
 HELD_OUT_SHARE = 0.2
 PART = 64  # windows embedded at a time
@@ -88,7 +88,7 @@ def split(recordings: Sequence[Recording], seed: int) -> tuple[list[Recording], 
 def vocabulary(recordings: Iterable[Recording]) -> list[str]:
     """Words that caption enough recordings, in alphabetical order."""
     counts = Counter(word for recording in recordings for word in recording.words)
-    return sorted(word for word, count in counts.items() if count >= MIN_WORD_COUNT)
+    return sorted(word for word, count in counts.items() if count >= MIN_WORD_COUNT and len(word) > 1)
 
 
 def view(recordings: Sequence[Recording], seed: int, index: int) -> tuple[np.ndarray, frozenset[str]]:
@@ -175,11 +175,15 @@ def embed_all(embed: Embed, spectrogram: Tensor) -> Tensor:
 
 
 def effective_rank(embeddings: Tensor) -> float:
-    """[n, D] -> exp of the entropy of p, p = eigenvalues of the centred covariance over their sum (Roy 2007).
-
-    From 1, all on a line, to min(n - 1, D), alike in all directions.
-    """
+    """[n, D] -> `entropy_rank` of the eigenvalues of the centred covariance."""
     centred = embeddings.double() - embeddings.double().mean(dim=0)
-    p = torch.linalg.svdvals(centred).square()
-    p = p[p > 0] / p.sum()
+    return entropy_rank(torch.linalg.svdvals(centred).square())
+
+
+def entropy_rank(eigenvalues: Tensor) -> float:
+    """[D] -> exp of the entropy of p, p = eigenvalues over their sum (Roy and Vetterli 2007).
+
+    From 1, all on a line, to their number, alike in all directions.
+    """
+    p = eigenvalues[eigenvalues > 0] / eigenvalues.sum()
     return float(torch.exp(-(p * p.log()).sum()))

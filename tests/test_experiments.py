@@ -143,14 +143,30 @@ def test_an_encoder_that_sees_all_patches_is_the_whole_model_and_hidden_ones_hav
     assert not torch.allclose(encoder(changed).pooler_output[0], whole.pooler_output[0])
 
 
-def test_the_spread_loss_is_that_of_the_paper():
-    rows = np.random.default_rng(0).normal(size=(9, 5)) * [0.1, 0.5, 1, 2, 3]
-    rows[:, 4] += rows[:, 3]
-    covariance = np.cov(rows.T)
-    variance = np.mean([max(0, 1 - math.sqrt(covariance[i, i] + 1e-4)) for i in range(5)])
-    off_diagonal = sum(covariance[i, j] ** 2 for i in range(5) for j in range(5) if i != j) / 5
-    found = float(make_teacher.spread_loss(torch.from_numpy(rows)))
-    assert found == pytest.approx(make_teacher.VARIANCE * variance + make_teacher.COVARIANCE * off_diagonal)
+def test_the_spread_loss_is_minus_the_log_of_the_participation_ratio_at_any_scale():
+    rows = np.random.default_rng(0).normal(size=(9, 5)) * [0.1, 0.5, 1, 2, 3] + 4
+    eigenvalues = np.linalg.eigvalsh(np.cov(rows.T))
+    expected = -math.log(eigenvalues.sum() ** 2 / np.square(eigenvalues).sum())
+    for scale in (1e-3, 1.0, 30.0):
+        assert float(make_teacher.spread_loss(torch.from_numpy(scale * rows))) == pytest.approx(expected)
+
+
+def test_an_equalised_pooling_has_the_rank_that_is_wanted_and_forgets_nothing_of_the_class_token(monkeypatch):
+    monkeypatch.setattr(make_teacher, "WANTED_RANK", 20.0)
+    torch.manual_seed(0)
+    encoder = make_teacher.new_encoder(64, 1).eval().requires_grad_(False)
+    spectrogram = torch.rand(80, 1, 1, 128).pow(3).expand(-1, -1, 192, -1).contiguous()
+    before = encoder(spectrogram)
+    assert sounds.effective_rank(before.pooler_output) < 15
+    power = make_teacher.equalise(encoder, spectrogram)
+    after = encoder(spectrogram)
+    assert 20 <= sounds.effective_rank(after.pooler_output) < 21 and 0 < power < 1
+    token = after.last_hidden_state[:, 0].double()
+    told = torch.linalg.lstsq(
+        torch.nn.functional.pad(after.pooler_output.double(), (0, 1), value=1.0), token, driver="gelsd"
+    ).solution
+    residual = token - torch.nn.functional.pad(after.pooler_output.double(), (0, 1), value=1.0) @ told
+    assert residual.norm() < 1e-3 * (token - token.mean(dim=0)).norm()
 
 
 def test_the_teacher_is_a_folder_that_the_trainer_takes_and_its_report_names_it(source, table, tmp_path, monkeypatch):
@@ -161,7 +177,7 @@ def test_the_teacher_is_a_folder_that_the_trainer_takes_and_its_report_names_it(
     report = json.loads((out / "report.json").read_text())
     loaded = load_teacher(out)
     assert loaded.is_stand_in and loaded.revision == report["revision"]
-    assert report["teacher"] != report["teacher before the words"]
+    assert report["teacher"] != report["before the words"]
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
@@ -214,7 +230,7 @@ def test_of_the_pool_the_given_share_of_clips_is_cut_short_and_of_the_held_out_o
         return float((one == other).flatten(1).all(dim=1).float().mean())
 
     assert 0.35 < share_of_equal(material.pools[0.0], material.pools[0.5]) < 0.65
-    assert share_of_equal(material.held_out["whole"], material.held_out["padded"]) == 0
+    assert share_of_equal(material.held_out["whole"], material.held_out["padded"]) < 0.2  # some end in silence
 
 
 @pytest.mark.parametrize("arm", ablate.ARMS, ids=lambda arm: arm.name)
