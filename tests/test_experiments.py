@@ -260,28 +260,28 @@ def test_an_arm_is_compared_with_another_that_is_there():
 
 
 def test_an_arm_tries_all_rates_with_the_first_seed_and_goes_on_with_the_best_one():
-    low, middle, high = ablate.RATES
+    low, middle, high = rates = (0.1, 0.2, 0.4)
     values = {(low, 0): 0.3, (middle, 0): math.nan, (high, 0): 0.2, (low, 1): 0.1, (low, 2): 0.5}
     records = [record("other", high, 0, 0.9)]
     order = []
-    while missing := ablate.next_run(records, "x"):
+    while missing := ablate.next_run(records, "x", rates):
         order.append(missing)
         records.append(record("x", *missing, values[missing]))
     assert order == [(low, 0), (middle, 0), (high, 0), (low, 1), (low, 2)]
 
 
-def test_the_table_pairs_seeds_and_names_what_was_not_run():
-    low, middle, high = ablate.RATES
+def test_the_table_pairs_seeds_and_names_what_was_not_run_and_where_the_rate_lies():
     records = []
     for arm, of_seeds in (("best", [0.5, 0.1, 0.3]), ("kernel 5", [0.6, 0.25, 0.35])):
-        records += [record(arm, low, 0, 0.0), record(arm, high, 0, 0.0)]
-        records += [record(arm, middle, seed, value) for seed, value in enumerate(of_seeds)]
-    records.append(record("no Canon", low, 0, 0.2))
+        records += [record(arm, 1e-3, 0, 0.0)] + [record(arm, 4e-3, 0, 0.0)] * (arm == "best")
+        records += [record(arm, 2e-3, seed, value) for seed, value in enumerate(of_seeds)]
+    records += [record("no Canon", 1e-3, 0, 0.2), *(record("MSE alone", 2e-3, seed, 0.4) for seed in range(3))]
     text = ablate.as_markdown(records)
     # gaps 0.10, 0.15, 0.05: mean 0.1, deviation 0.05, t(0.975, 2) = 4.3027
     assert f"+0.100 ± {4.3027 * 0.05 / math.sqrt(3):.3f} |" in text
     assert "| best | 0.002 | 60 | 0.300 |" in text
-    assert "Not run: no Canon, circular padding" in text and "11 runs, 11 min" in text
+    assert "| kernel 5 | 0.002 (border) | 60 | 0.400 |" in text and "| MSE alone | 0.002 (only) |" in text
+    assert "Not run: no Canon, circular padding" in text and "13 runs, 13 min" in text
 
 
 def test_a_difference_has_a_star_where_its_interval_leaves_out_zero_only():
