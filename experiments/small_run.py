@@ -10,6 +10,7 @@ n clips of the pool   B clips of a chunk   m held-out clips   E = 512 embedding 
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -203,6 +204,7 @@ def run(material: Material, arm: Arm, rate: float, seed: int) -> dict[str, Any]:
     learning = new_learning(material.teacher, arm, rate, seed, len(pool))
     learn(learning, pool, seed)
     values = describe(learning, material)
+    noise_batch = learning.pace.look()["noise_batch"]
     return {
         "arm": arm.name,
         "rate": rate,
@@ -210,7 +212,7 @@ def run(material: Material, arm: Arm, rate: float, seed: int) -> dict[str, Any]:
         "cpu_s": round(time.process_time() - began, 1),
         "steps": learning.step,
         "parameters": sum(p.numel() for p in learning.learner.student.parameters()),
-        "noise_batch": learning.pace.look()["noise_batch"],
+        "noise_batch": None if math.isnan(noise_batch) else noise_batch,
         "skipped": int(learning.watch.take_longest()),
         **values,
     }
