@@ -2,7 +2,7 @@
 
 in:   a folder of WebDataset tars with captions; a labelled table whose test fold is in none of the tars
 out:  <out>/{config.json, model.safetensors, report.json}: a folder that --teacher takes, marked as a stand-in
-cost: 12 min of one core with bfloat16 instructions
+cost: 7 min of one core with bfloat16 instructions, and half of that for the report
 
     python experiments/make_teacher.py --source DIR --table esc10.parquet --out teacher
 
