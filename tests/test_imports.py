@@ -26,6 +26,7 @@ ALLOWED = {
     "demo": {"synthetic", "teacher"},
     "doctor": {"demo", "files", "hub", "plan", "remote", "runlog", "shards", "sources", "teacher"},
     "drift": set(),
+    "embedding": {"audio", "frontend"},
     "feed": {"augment", "data", "frontend", "runlog"},
     "files": set(),
     "frontend": set(),
@@ -41,14 +42,19 @@ ALLOWED = {
     "ledger": {"files", "locks", "schema"},
     "locks": {"files"},
     "losses": set(),
+    "model_card": {"files"},
     "mp3": set(),
     "noise_scale": set(),
+    "onnx_files": {"files", "frontend", "onnx_graph", "student"},
+    "onnx_graph": {"frontend", "student"},
     "objective": {"losses", "student", "targets", "teacher"},
     "pace": {"critical_lr", "noise_scale", "schedule"},
     "plan": {"audio", "files", "room", "runlog", "shards", "status", "synthetic"},
     "plots": {"files", "runlog"},
+    "pretrained": {"files"},
     "probes": set(),
     "rebuild": {"audio", "backup", "files", "lake", "schema", "shards", "sources"},
+    "release": {"files"},
     "remote": {"files", "tars"},
     "repair": {"backup", "files", "lake", "locks", "rebuild", "shards"},
     "room": {"files", "lake", "shards"},
@@ -60,7 +66,7 @@ ALLOWED = {
     "sources": {"files", "hub", "remote", "tars"},
     "status": {"drift", "files", "history", "lake", "locks", "runlog", "schema"},
     "stop": {"files", "lake", "locks", "runlog", "status"},
-    "student": {"checkpoint"},
+    "student": {"checkpoint", "embedding", "pretrained"},
     "synthetic": {"files"},
     "targets": set(),
     "tars": {"files"},
@@ -83,7 +89,7 @@ LATE = {
     ("targets", "sklearn.cluster"),
 }
 STAGES = ["stream_laion_audio_clips", "distill_hear_vit_s_canon2d", "run_lake"]
-STAGES += ["evaluate_distilled_hear", "benchmark_student_vs_hear"]
+STAGES += ["evaluate_distilled_hear", "benchmark_student_vs_hear", "export_student"]
 WITHOUT_TORCH = (
     "files",
     "locks",
