@@ -20,7 +20,7 @@ from hear_distill.frontend import MelPcen
 
 HOP_S = 1.0  # the evaluation's: neighbouring windows share half of their sound
 BATCH_WINDOWS = 16
-FULL_SCALE = {np.dtype(np.int16): 2.0**15, np.dtype(np.int32): 2.0**31}
+FULL_SCALE = {("i", 2): 2.0**15, ("i", 4): 2.0**31}  # by kind and bytes of a sample; of floating ones it is 1
 MANY = "for several recordings pass a list of them"
 
 
@@ -82,10 +82,9 @@ def embed_views(model: nn.Module, views: Sequence[np.ndarray]) -> np.ndarray:
 
 def hop_samples(hop_s: float) -> int:
     """Seconds to samples. Raises WaveformError outside of (0, 2]: a longer hop would leave sound out."""
-    hop = round(hop_s * SAMPLE_RATE)
-    if not 1 <= hop <= CLIP_SAMPLES:
+    if not 1 <= hop_s * SAMPLE_RATE <= CLIP_SAMPLES:
         raise WaveformError(f"hop_s must be above 0 and at most {CLIP_SAMPLES // SAMPLE_RATE}, got {hop_s}")
-    return hop
+    return round(hop_s * SAMPLE_RATE)
 
 
 def window_starts(num_samples: int, hop: int) -> list[int]:
@@ -132,8 +131,9 @@ def as_frames(waveform: Any) -> np.ndarray:
         raise WaveformError(f"found shape {shape}, samples first; expected [channels, samples]: pass waveform.T")
     if waveform.ndim not in (1, 2) or (waveform.ndim == 2 and waveform.shape[0] > 2):
         raise WaveformError(f"found shape {shape}, expected [samples], [1, samples] or [2, samples]; {MANY}")
-    if waveform.dtype not in FULL_SCALE and not np.issubdtype(waveform.dtype, np.floating):
+    kind = (waveform.dtype.kind, waveform.dtype.itemsize)
+    if kind not in FULL_SCALE and kind[0] != "f":
         raise WaveformError(f"found {waveform.dtype} samples, expected int16, int32 or floating ones (full scale 1)")
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which the caller refuses
         frames = np.atleast_2d(waveform).T.astype(np.float32)  # [n, c]
-    return frames / np.float32(FULL_SCALE.get(waveform.dtype, 1.0))
+    return frames / np.float32(FULL_SCALE.get(kind, 1.0))

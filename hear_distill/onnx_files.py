@@ -99,13 +99,13 @@ def exported(
 def quantised(encoder: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
     """Weights of the linear layers as bytes, one scale per output; activations are scaled as they come, per tensor.
 
-    Seven bits of each weight are used, as without VNNI instructions sums of two products of eight bits each saturate.
-    Weights without a sign would be safe as well, but took 37 ms of CPU time for a clip where signed ones took 24.
+    Bytes without a sign, with which every processor computes the same. With a sign, 24 ms of CPU time for a clip on one
+    with VNNI instructions instead of 40, at the same cosine of 0.996; but without those, sums of two products saturate.
+    Seven bits with a sign never do, and are as fast, at a cosine of 0.988 (a small student, 32 real clips).
     """
     path = folder / "quantised.tmp"
-    options = {"op_types_to_quantize": ["MatMul"], "weight_type": QuantType.QInt8}
     with quiet():
-        quantize_dynamic(encoder, path, per_channel=True, reduce_range=True, **options)
+        quantize_dynamic(encoder, path, op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QUInt8)
     model = onnx.load(path)
     path.unlink()
     return model

@@ -89,7 +89,7 @@ class PlainMelPcen(nn.Module):
         return energy.unflatten(1, (num_blocks, BLOCK_FRAMES))
 
     def carried(self, first: Tensor, ends: Tensor) -> Tensor:
-        """[B, 1, M] energy of the first frame, [B, K - 1, M] ends of the blocks but the last -> [B, K, M] carry of each.
+        """[B, 1, M] energy of the first frame, [B, K - 1, M] ends of blocks 0 to K - 2 -> [B, K, M] carry into each.
 
         carry[0] = first, carry[k] = ends[k-1] + 0.96^50 carry[k-1], unrolled: one sum of CARRY_BLOCKS terms.
         """

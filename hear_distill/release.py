@@ -50,8 +50,9 @@ def building(folder: Path) -> Iterator[Path]:
     make_folder(new)
     try:
         yield new
+        sums = "".join(f"{sha256(new / name)}  {name}\n" for name in files_in(new))
         with atomic_write(new / SUMS_FILE) as f:
-            f.writelines(f"{sha256(new / name)}  {name}\n".encode() for name in files_in(new))
+            f.write(sums.encode())
         require_replaceable(folder)  # once more: the body takes minutes
         if folder.exists():
             shutil.rmtree(folder)
