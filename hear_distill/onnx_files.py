@@ -118,7 +118,9 @@ def joined(frontend: onnx.ModelProto, encoder: onnx.ModelProto) -> onnx.ModelPro
         for model, prefix in ((frontend, "frontend/"), (encoder, "encoder/"))
     ]
     parts[0].ir_version = parts[1].ir_version = max(part.ir_version for part in parts)
-    return compose.merge_models(*parts, io_map=[(SPECTROGRAM, SPECTROGRAM)], producer_name="hear-distill")
+    model = compose.merge_models(*parts, io_map=[(SPECTROGRAM, SPECTROGRAM)], producer_name="hear-distill")
+    del model.opset_import[1:]  # both parts state the same one
+    return model
 
 
 def write(model: onnx.ModelProto, path: Path) -> None:

@@ -99,6 +99,8 @@ class Uploads:
                 contents[value["path"]] = self._large[value["oid"]]
         for path, content in contents.items():
             target = repo.folder / path
+            if target.is_file() and target.read_bytes() == content:
+                continue  # as in git: the file stays the one that an earlier revision lists
             target.parent.mkdir(parents=True, exist_ok=True)
             new = repo.folder.parent / "incoming"
             new.write_bytes(content)

@@ -48,6 +48,6 @@ def run_python(
 ) -> "subprocess.CompletedProcess[str]":
     """In a process of its own, as the address of the hub is read when huggingface_hub is imported."""
     environment = hub.environment(home, token) if hub else dict(os.environ)
-    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT), **variables}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_XET": "1", **variables}
     arguments = [sys.executable, *map(str, command)]
     return subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
