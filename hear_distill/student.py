@@ -9,14 +9,17 @@ D width   C channels of one Canon layer   M width inside the MLP   E = 512 HeAR 
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hear_distill import checkpoint
+from hear_distill import checkpoint, pretrained
 from hear_distill.checkpoint import CheckpointError
+from hear_distill.embedding import HOP_S, Windows, embed_recordings
+from hear_distill.pretrained import PretrainedError
 
 PATCH = 16
 GRID_ROWS = 12  # of a 2 s clip
@@ -191,6 +194,53 @@ class Student(nn.Module):
     def project(self, embedding: Tensor) -> Tensor:
         """[B, D] -> [B, E], where the teacher's embeddings lie. It is linear, so it may also follow an average."""
         return self.projection(embedding)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> "Student":
+        """A released student, in eval mode, on the CPU.
+
+        Args:
+            name: a folder that export_student.py wrote, an id on the hub, or a checkpoint of the trainer, a *.pt file.
+            revision: commit, branch or tag on the hub; None takes the newest.
+
+        Raises PretrainedError or, for a *.pt file, CheckpointError, both with the way out in one line.
+        """
+        if Path(name).suffix == ".pt":
+            return load_student(Path(name))
+        config, weights = pretrained.load(name, revision)
+        try:
+            student = cls(StudentConfig(**config))
+            student.load_state_dict(weights)
+        except (TypeError, ValueError, RuntimeError) as e:
+            found = " ".join(str(e).split())  # torch lists every differing weight on a line of its own
+            raise PretrainedError(f"the weights of {name} do not fit its configuration: {found:.200}") from e
+        return student.eval()
+
+    def embed(self, waveform: Any, sample_rate: float) -> np.ndarray:
+        """One embedding [D] float32 of a recording of any length, or [k, D] of a list of k recordings.
+
+        It is the mean over windows of 2 s, one every second: what the evaluation measures. The gain does not matter.
+
+        Args:
+            waveform: [n] or [c, n] samples of one or two channels, which are averaged; NumPy or torch; floating, int16
+                or int32. [n, c] is refused, and so is [k, n]: several recordings are a list.
+            sample_rate: Hz, of all of them.
+
+        Raises WaveformError, a ValueError, for what is no such waveform, is empty, or holds NaN.
+        """
+        is_many = isinstance(waveform, (list, tuple))
+        found = embed_recordings(self, waveform if is_many else [waveform], sample_rate, HOP_S)
+        means = [windows.embeddings.mean(axis=0) for windows in found]  # each [D]
+        return (np.stack(means) if means else np.zeros((0, self.config.width), np.float32)) if is_many else means[0]
+
+    def embed_windows(self, waveform: Any, sample_rate: float, *, hop_s: float = HOP_S) -> Windows | list[Windows]:
+        """Embeddings [w, D] of the windows of 2 s of a recording, and where each starts in seconds; of a list, a list.
+
+        A window begins every `hop_s` seconds, and one at the end, so that no sound is left out. Otherwise as `embed`.
+        """
+        is_many = isinstance(waveform, (list, tuple))
+        found = embed_recordings(self, waveform if is_many else [waveform], sample_rate, hop_s)
+        return found if is_many else found[0]
 
 
 def load_student(path: Path) -> Student:

@@ -18,7 +18,8 @@ class Request:
     range: str | None
     token: str | None
     kind: str = "other"
-    """info, tree, paths-info, resolve (the redirect), file (the signed address), other (nothing that is known here)"""
+    """info, tree, paths-info, resolve (the redirect), file (the signed address), other (nothing that is known here);
+    and the KINDS of hub_uploads.py"""
     type: str = "models"
     repo: str = ""
     revision: str = "main"

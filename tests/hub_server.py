@@ -9,7 +9,8 @@ a redirect to a signed address that serves byte ranges. As on the real hub that 
 port), so a client is to leave its token behind. Every file is served as an LFS file is. Revisions are `main`, which
 follows the folder, branches below `refs/` (see Repo), and the 40 digits of every listing that was ever seen. Files may
 be added (by renaming them into the folder) and removed, never changed: a file that a revision lists and the folder
-lacks gets no answer, and leaving the `with` block raises. A large file costs one SHA-256.
+lacks gets no answer, and leaving the `with` block raises. A large file costs one SHA-256. With `uploads` it takes models
+as well, see hub_uploads.py.
 
 What a client is told is noted before the bytes leave, so a test may look at `requests` and `bytes_sent` at any time.
 """
@@ -33,6 +34,10 @@ from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlencode, urlspli
 
 from hub_faults import Fault, HangUp, Reply, Request, Rule, json_reply, refusal, signature_of, text_reply
 from hub_repos import File, Repo, read_span, rows_of, span_of
+from hub_uploads import API as UPLOAD_API
+from hub_uploads import CDN as UPLOAD_CDN
+from hub_uploads import KINDS as UPLOAD_KINDS
+from hub_uploads import Uploads
 
 IDLE_S = 60  # a connection on which a client neither asks nor reads for so long is closed
 STALL_S = 120  # a stall that nobody releases ends here
@@ -62,6 +67,7 @@ class HubServer:
             not (the real hub has been seen to refuse paths-info and resolve; for the tree this is a guess).
         page_size: entries in one page of a tree.
         signature_s, signature_uses: how long and how often a signed address is good; None is for ever.
+        uploads: the models that clients may make, and the tokens that may; without it, nobody may.
     """
 
     def __init__(
@@ -72,6 +78,7 @@ class HubServer:
         page_size: int = 1000,
         signature_s: float = 3600,
         signature_uses: int | None = None,
+        uploads: Uploads | None = None,
     ) -> None:
         folders = {"datasets": datasets, "models": models or {}}
         self.repos = {(type, name): Repo(path) for type, some in folders.items() for name, path in some.items()}
@@ -80,6 +87,7 @@ class HubServer:
         """body bytes of files that were handed to the network, by path within the repository"""
         self.failures: list[BaseException] = []
         self._gated = gated or {}
+        self._uploads = uploads or Uploads(None, ())
         self._page_size = page_size
         self._signature_s, self._signature_uses = signature_s, signature_uses
         self._signatures: dict[str, Signature] = {}
@@ -173,6 +181,8 @@ class HubServer:
             return text_reply(404, "Not Found")
         if ask.kind == "file":
             return self._signed_reply(ask)
+        if ask.kind in UPLOAD_KINDS:
+            return self._uploads.reply(self.repos, ask, form, (self.url, self._cdn_url))
         repo = self.repos.get((ask.type, ask.repo))
         if repo is None:  # as the hub does: who may not know whether there is such a repository is told to log in
             return refusal(404 if ask.token else 401, "RepoNotFound", "Repository not found")
@@ -331,7 +341,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answer one request of any method."""
         hub, ask = self.server.hub, self._request()
-        form = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        form = self._body()
         faults = hub.faults_for(ask)
         try:
             reply = hub.reply_to(ask, form)
@@ -345,17 +355,29 @@ class _Handler(BaseHTTPRequestHandler):
                 self.rfile.close()
                 self.connection.close()
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
+
+    def _body(self) -> bytes:
+        """Of the request, which may come in chunks of sizes that stand before each."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        chunks = []
+        while num_bytes := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(num_bytes))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
 
     def _request(self) -> Request:
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         ask = Request(self.command, self.path, self.headers.get("Range"), token if scheme == "Bearer" else None)
-        patterns = {"": API, "resolve": RESOLVE} if self.server.name == "api" else {"file": SIGNED}
+        is_api = self.server.name == "api"
+        patterns = {**UPLOAD_API, "": API, "resolve": RESOLVE} if is_api else {**UPLOAD_CDN, "file": SIGNED}
         for kind, pattern in patterns.items():
             if match := pattern.fullmatch(urlsplit(self.path).path):
                 parts = {name: unquote(part) for name, part in match.groupdict().items() if part is not None}
                 ask.kind = kind or parts.pop("kind", "info").replace("revision", "info")
-                ask.type, ask.repo = parts.get("type", "models"), parts["repo"]
+                ask.type, ask.repo = parts.get("type", "models"), parts.get("repo", "")
                 ask.revision, ask.path = parts.get("revision", "main"), parts.get("path", "")
                 break
         return ask

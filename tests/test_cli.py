@@ -23,6 +23,7 @@ TRAINER = "distill_hear_vit_s_canon2d.py"
 SUPERVISOR = "datalake/run_lake.py"
 EVALUATION = "evaluate_distilled_hear.py"
 BENCHMARK = "benchmark_student_vs_hear.py"
+EXPORT = "export_student.py"
 FLAGS = {
     STREAMER: {
         *("source", "lake", "cap-gb", "shard-clips", "open-tars"),
@@ -50,6 +51,7 @@ FLAGS = {
     BENCHMARK: {
         *("checkpoint", "size", "teacher", "batch-sizes", "threads", "repeats", "limit-s", "device", "out"),
     },
+    EXPORT: {"checkpoint", "out", "results", "audio", "push", "yes"},
 }
 WORDS = {
     STREAMER: "laion | demo (none means laion)",
@@ -57,6 +59,7 @@ WORDS = {
     TRAINER: "best | paper | demo | plot (none means best)",
     EVALUATION: "real | demo (none means real)",
     BENCHMARK: "full | demo (none means full)",
+    EXPORT: "real | demo | push (none means real)",
 }
 
 
@@ -329,6 +332,11 @@ STAGE_MISTAKES = {
     "trainer, short critical warm-up": (TRAINER, ["demo", "--warmup", "critical"], "at least 256, got 160"),
     "trainer, nothing to plot": (TRAINER, ["plot"], "no run in runs/hear-vit-s"),
     "trainer, missing value": (TRAINER, ["--out"], "--out"),
+    "export, word": (EXPORT, ["pusch"], "real, demo, push"),
+    "export, no checkpoint": (EXPORT, [], "no checkpoint at runs/hear-vit-s/best.pt"),
+    "export, yes to nothing": (EXPORT, ["--yes"], "--yes needs --push ORG/NAME"),
+    "export, push to nowhere": (EXPORT, ["push"], "push needs --push ORG/NAME"),
+    "export, push of nothing": (EXPORT, ["push", "--push", "org/name"], "release is no release: it has no SHA256SUMS"),
 }
 
 
