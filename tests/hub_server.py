@@ -9,8 +9,8 @@ a redirect to a signed address that serves byte ranges. As on the real hub that 
 port), so a client is to leave its token behind. Every file is served as an LFS file is. Revisions are `main`, which
 follows the folder, branches below `refs/` (see Repo), and the 40 digits of every listing that was ever seen. Files may
 be added (by renaming them into the folder) and removed, never changed: a file that a revision lists and the folder
-lacks gets no answer, and leaving the `with` block raises. A large file costs one SHA-256. With `uploads` it takes models
-as well, see hub_uploads.py.
+lacks gets no answer, and leaving the `with` block raises. A large file costs one SHA-256. With `uploads` it takes
+models as well, see hub_uploads.py.
 
 What a client is told is noted before the bytes leave, so a test may look at `requests` and `bytes_sent` at any time.
 """
