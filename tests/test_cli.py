@@ -23,6 +23,7 @@ TRAINER = "distill_hear_vit_s_canon2d.py"
 SUPERVISOR = "datalake/run_lake.py"
 EVALUATION = "evaluate_distilled_hear.py"
 BENCHMARK = "benchmark_student_vs_hear.py"
+EMBED = "embed_audio.py"
 FLAGS = {
     STREAMER: {
         *("source", "lake", "cap-gb", "shard-clips", "open-tars"),
@@ -49,6 +50,7 @@ FLAGS = {
     BENCHMARK: {
         *("checkpoint", "size", "teacher", "batch-sizes", "threads", "repeats", "limit-s", "device", "out"),
     },
+    EMBED: {"model", "out", "hop-s", "batch-size", "device"},  # and FOLDER, which has no name
 }
 WORDS = {
     STREAMER: "laion | demo (none means laion)",
@@ -56,6 +58,7 @@ WORDS = {
     TRAINER: "best | paper | demo | plot (none means best)",
     EVALUATION: "real | demo (none means real)",
     BENCHMARK: "full | demo (none means full)",
+    EMBED: "embed | demo (none means embed)",
 }
 
 
@@ -318,6 +321,12 @@ STAGE_MISTAKES = {
     "trainer, one chunk": (TRAINER, ["--chunks", "1"], "--chunks and --target-clips must be at least 2"),
     "trainer, short critical warm-up": (TRAINER, ["demo", "--warmup", "critical"], "at least 256, got 160"),
     "trainer, nothing to plot": (TRAINER, ["plot"], "no run in runs/hear-vit-s"),
+    "embed, no folder": (EMBED, ["nowhere"], "no folder nowhere"),
+    "embed, no default folder": (EMBED, [], "no folder recordings"),
+    "embed, two folders": (EMBED, [".", "nowhere"], "nowhere"),
+    "embed, no sound": (EMBED, ["."], "no sound in .: found nothing"),
+    "embed, a gap": (EMBED, [".", "--hop-s", "2.1"], "--hop-s must be above 0 and at most 2, got 2.1"),
+    "embed, flag": (EMBED, [".", "--modle", "m.pt"], "did you mean --model?"),
     "trainer, missing value": (TRAINER, ["--out"], "--out"),
 }
 

@@ -106,7 +106,7 @@ LATE = {
     ("targets", "sklearn.cluster"),
 }
 STAGES = ["stream_laion_audio_clips", "distill_hear_vit_s_canon2d", "run_lake"]
-STAGES += ["evaluate_distilled_hear", "benchmark_student_vs_hear"]
+STAGES += ["evaluate_distilled_hear", "benchmark_student_vs_hear", "embed_audio"]
 WITHOUT_TORCH = (
     "files",
     "locks",
@@ -139,7 +139,7 @@ HEAVY = ("torch", "torchaudio", "transformers", "huggingface_hub", "datasets", "
 
 def source_files() -> list[Path]:
     """Every Python file of the repository."""
-    folders = (".", "datalake", "hear_distill", "tests", "tests/reference", "benchmarks", "experiments")
+    folders = (".", "datalake", "hear_distill", "tests", "tests/reference", "benchmarks", "experiments", "examples")
     return [path for folder in folders for path in sorted((ROOT / folder).glob("*.py"))]
 
 
