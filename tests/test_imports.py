@@ -43,6 +43,7 @@ ALLOWED = {
     "fsd50k": {"hub_files", "tabular", "tasks"},
     "guard": {"audio", "lake", "locks", "tars"},
     "hear_module": {"audio", "frontend", "protocols", "student"},
+    "hear_s": {"files"},
     "history": {"files"},
     "hub": {"files", "remote", "tars"},
     "hub_files": {"tasks"},
