@@ -3,6 +3,7 @@
 python STAGE.py                      the real thing: the first preset
 python STAGE.py demo --steps 50      another preset, single fields overridden
 python STAGE.py status --lake DIR    another action on the same fields
+python STAGE.py FOLDER ...           of a stage with a positional field: what is none of its words is the field
 python STAGE.py ... --check          check everything, then exit; the streamer makes or joins the lake for that
 python STAGE.py ... --write-config FILE    write what these arguments mean as JSON, then exit: for other programs
 """
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
 from types import MappingProxyType
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TypeVar, get_args, get_type_hints
 
 import tyro
 from dotenv import load_dotenv
@@ -22,6 +23,7 @@ from dotenv import load_dotenv
 from hear_distill.files import UserError, naming_full_disk, write_json
 
 C = TypeVar("C")
+POSITIONAL = get_args(tyro.conf.Positional[None])[1]  # what tyro marks such a field with
 NO_FLAGS: Mapping[str, Sequence[str]] = MappingProxyType({})
 Action = Callable[[C], int | None]  # a stage's main: takes its Config, returns an exit code or None for 0
 
@@ -88,7 +90,8 @@ def parse(
     """What to call, and with which configuration. Raises UserError for anything wrong, SystemExit(0) after --help."""
     bare, argv = next(iter(presets)), list(argv)
     words = [*presets, *actions]
-    word = argv.pop(0) if argv and not argv[0].startswith("-") else bare
+    is_word = bool(argv) and not argv[0].startswith("-") and (argv[0] in words or not has_positional(presets[bare]))
+    word = argv.pop(0) if is_word else bare
     if word not in words:
         raise UserError(f"unknown word {word!r}; the first word is one of: {', '.join(words)} (none means {bare})")
 
@@ -100,6 +103,11 @@ def parse(
         if word not in owners and getattr(config, name) != getattr(default, name):
             raise UserError(f"--{name.replace('_', '-')} means nothing to {word}; it belongs to: {', '.join(owners)}")
     return actions.get(word, main), config
+
+
+def has_positional(config: object) -> bool:
+    """Whether a field is given without its name. Its value must not be one of the words: ./demo is a folder."""
+    return any(POSITIONAL in get_args(hint) for hint in get_type_hints(type(config), include_extras=True).values())
 
 
 def _parse_flags(default: C, argv: Sequence[str]) -> C:

@@ -1,7 +1,8 @@
 """Synthetic recordings for the demo and the tests: seven labelled sounds, the same bytes for the same arguments.
 
 in:   a seed and counts
-out:  a folder of tars in the layout of laion/LAION-Audio-300M, or a labelled parquet table; no network, no torch
+out:  a folder of tars in the layout of laion/LAION-Audio-300M, a labelled parquet table, or a folder of sound files;
+      no network, no torch
 
 The sounds are source and filter: noise (air) or pulses (glottis, palate) through the resonances of a vocal tract, under
 an envelope of events. They stand in for real ones where a pipeline has to run; they are no benchmark of anything.
@@ -333,6 +334,29 @@ def write_tar(path: Path, position: int, num_recordings: int, seed: int) -> None
                 member = tarfile.TarInfo(name)  # its defaults are constants: time 0, owner 0, mode 644
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
+
+
+def write_recordings(folder: Path, num_per_label: int, seed: int) -> None:
+    """Write <label>-0000.flac, 1 to 10 s at 16 kHz and each of a voice of its own, and labels.csv; all or none of them.
+
+    Shares no random numbers with `write_source` and `write_table`. Raises FileExistsError if the folder is there.
+    """
+    if folder.exists():
+        raise FileExistsError(folder)
+    building = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(building, ignore_errors=True)  # what a killed run left
+    lines = ["path,label"]
+    for label in SOUNDS:
+        for i in range(num_per_label):
+            rng = generator(seed, f"recording {label}", i)
+            samples = recording(label, 16_000, random_duration_s(rng, 1, 10), rng, voice=rng)
+            lines.append(f"{label}-{i:04d}.flac,{label}")
+            with atomic_write(building / f"{label}-{i:04d}.flac") as file:
+                file.write(encoded(samples, 16_000, "FLAC"))
+    with atomic_write(building / "labels.csv") as file:
+        file.write(("\n".join(lines) + "\n").encode())
+    building.rename(folder)
+    fsync_folder(folder.parent)
 
 
 def write_table(path: Path, num_per_label: int, seed: int) -> None:

@@ -24,6 +24,7 @@ SUPERVISOR = "datalake/run_lake.py"
 EVALUATION = "evaluate_distilled_hear.py"
 BENCHMARK = "benchmark_student_vs_hear.py"
 EXPORT = "export_student.py"
+EMBED = "embed_audio.py"
 FLAGS = {
     STREAMER: {
         *("source", "lake", "cap-gb", "shard-clips", "open-tars"),
@@ -52,6 +53,7 @@ FLAGS = {
         *("checkpoint", "size", "teacher", "batch-sizes", "threads", "repeats", "limit-s", "device", "out"),
     },
     EXPORT: {"checkpoint", "out", "results", "audio", "push", "yes"},
+    EMBED: {"model", "out", "hop-s", "batch-size", "device"},  # and FOLDER, which has no name
 }
 WORDS = {
     STREAMER: "laion | demo (none means laion)",
@@ -60,6 +62,7 @@ WORDS = {
     EVALUATION: "real | demo (none means real)",
     BENCHMARK: "full | demo (none means full)",
     EXPORT: "real | demo | push (none means real)",
+    EMBED: "embed | demo (none means embed)",
 }
 
 
@@ -331,6 +334,12 @@ STAGE_MISTAKES = {
     "trainer, one chunk": (TRAINER, ["--chunks", "1"], "--chunks and --target-clips must be at least 2"),
     "trainer, short critical warm-up": (TRAINER, ["demo", "--warmup", "critical"], "at least 256, got 160"),
     "trainer, nothing to plot": (TRAINER, ["plot"], "no run in runs/hear-vit-s"),
+    "embed, no folder": (EMBED, ["nowhere"], "no folder nowhere"),
+    "embed, no default folder": (EMBED, [], "no folder recordings"),
+    "embed, two folders": (EMBED, [".", "nowhere"], "nowhere"),
+    "embed, no sound": (EMBED, ["."], "no sound in .: found nothing"),
+    "embed, a gap": (EMBED, [".", "--hop-s", "2.1"], "--hop-s must be above 0 and at most 2, got 2.1"),
+    "embed, flag": (EMBED, [".", "--modle", "m.pt"], "did you mean --model?"),
     "trainer, missing value": (TRAINER, ["--out"], "--out"),
     "export, word": (EXPORT, ["pusch"], "real, demo, push"),
     "export, no checkpoint": (EXPORT, [], "no checkpoint at runs/hear-vit-s/best.pt"),

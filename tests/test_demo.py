@@ -14,6 +14,7 @@ def small_demo_in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "NUM_TARS", 2)
     monkeypatch.setattr(demo, "RECORDINGS_PER_TAR", 3)
     monkeypatch.setattr(demo, "ROWS_PER_LABEL", 10)
+    monkeypatch.setattr(demo, "RECORDINGS_PER_LABEL", 2)
 
 
 def contents() -> dict[str, tuple[int, bytes]]:
@@ -25,6 +26,7 @@ INPUTS = {
     demo.SOURCE: "demo/source",
     demo.TABLE: "demo/events.parquet",
     demo.TEACHER: "demo/teacher",
+    demo.RECORDINGS: "demo/recordings",
 }
 
 

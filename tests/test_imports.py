@@ -44,6 +44,7 @@ ALLOWED = {
     "fsd50k": {"hub_files", "tabular", "tasks"},
     "guard": {"audio", "lake", "locks", "tars"},
     "hear_module": {"audio", "frontend", "protocols", "student"},
+    "hear_s": {"files"},
     "history": {"files"},
     "hub": {"files", "remote", "tars"},
     "hub_files": {"tasks"},
@@ -123,6 +124,7 @@ LATE = {
 }
 STAGES = ["stream_laion_audio_clips", "distill_hear_vit_s_canon2d", "run_lake"]
 STAGES += ["evaluate_distilled_hear", "benchmark_student_vs_hear", "export_student"]
+STAGES += ["evaluate_distilled_hear", "benchmark_student_vs_hear", "embed_audio"]
 WITHOUT_TORCH = (
     "files",
     "locks",
@@ -158,7 +160,7 @@ HEAVY = ("torch", "torchaudio", "transformers", "huggingface_hub", "datasets", "
 
 def source_files() -> list[Path]:
     """Every Python file of the repository."""
-    folders = (".", "datalake", "hear_distill", "tests", "tests/reference", "benchmarks", "experiments")
+    folders = (".", "datalake", "hear_distill", "tests", "tests/reference", "benchmarks", "experiments", "examples")
     return [path for folder in folders for path in sorted((ROOT / folder).glob("*.py"))]
 
 
