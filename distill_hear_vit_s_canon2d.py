@@ -36,6 +36,7 @@ from hear_distill.files import UserError
 from hear_distill.fit import chunk_that_fits, rehearse_steps
 from hear_distill.frontend import MelPcen
 from hear_distill.journal import Journal, Pulse, require_wandb
+from hear_distill.keeping import Keeper, refuse_another
 from hear_distill.lake import Lake
 from hear_distill.learning import Learning
 from hear_distill.locks import Owner, alone
@@ -188,48 +189,23 @@ class Run:
 
     config: Config
     ranks: Ranks
-    id: str
     learning: Learning
     validation: Validation
     lake: Lake
     owner: Owner
     feed: Feed
     journal: Pulse
-    best: float = float("inf")
-    """lowest validation MSE so far, and its step"""
-    best_step: int = 0
-    is_whole: bool = False
-    """whether all parts of the state belong to the same step"""
+    keeper: Keeper
     timed_from: tuple[int, float] = (0, 0.0)
     """the samples, and the monotonic time, from which clips per second are counted"""
     say_at: float = 0.0
     """monotonic time of the next line about waiting"""
-    saves_here: int = 0
-    """checkpoints made at the present step"""
 
 
 def remembered(config: Config) -> dict[str, dict[str, Any]]:
     """What must not change in the life of a run, by what it belongs to."""
     run = {"seed": config.seed, "pad_share": config.pad_share}
     return {"student": dataclasses.asdict(config.model), "loss": dataclasses.asdict(config.loss), "run": run}
-
-
-def refuse_another(config: Config, state: dict[str, Any], lake: Lake) -> None:
-    """Raise UserError unless the run in --out may go on, and with this model, this loss and this lake."""
-    if config.resume == "never":
-        raise UserError(f"{config.out} holds a run, and --resume never; choose another --out")
-    asked = remembered(config)
-    for what, kept in state["remembered"].items():
-        differing = [name for name in asked[what] if kept.get(name) != asked[what][name]]
-        if differing:
-            raise UserError(f"{config.out} holds a {what} with another {', '.join(differing)}; choose another --out")
-    if "lakes" not in state["reader"]:
-        raise UserError(f"{config.out} holds a run of an earlier version of this code; choose another --out")
-    if lake.setting("id") not in state["reader"]["lakes"]:
-        raise UserError(
-            f"{config.out} learned from another lake than {config.lake}, whose shard numbers mean other clips; "
-            f"name that lake with --lake, or choose another --out"
-        )
 
 
 def new_learning(config: Config, teacher: Teacher, ranks: Ranks = ALONE) -> Learning:
@@ -258,7 +234,9 @@ def open_run(config: Config, ranks: Ranks) -> Run:
     lake = Lake.open(config.lake)
     state, path = ranks.share((checkpoint.load_newest(config.out) if ranks.is_first else None) or (None, None))
     if state:
-        refuse_another(config, state, lake)
+        if config.resume == "never":
+            raise UserError(f"{config.out} holds a run, and --resume never; choose another --out")
+        refuse_another(config.out, remembered(config), state, lake)
     revision = config.teacher_revision or (state["teacher_revision"] if state else None)
     teacher = load_teacher(config.teacher, revision=revision, device=device)
     if state and teacher.revision != state["teacher_revision"]:
@@ -274,11 +252,11 @@ def open_run(config: Config, ranks: Ranks) -> Run:
         write_config(config.out, config, **facts, num_ranks=ranks.size)
 
     learning = new_learning(config, teacher, ranks)
+    keeper = Keeper(config.out, config.keep, run_id, remembered(config), ranks)
     if state:
         learning.load_state_dict(state)
+        keeper.take_up(state, path)
         print(f"resuming {config.out} at step {learning.step}, {learning.samples} clips")
-        if ranks.is_first and path.name == checkpoint.LATEST:  # a kill may have come before its other names
-            name_checkpoint(config, learning.step, is_best=state["best_step"] == learning.step)
 
     owner, view = Owner(lake.root, "train"), View(MelPcen().to(device), device, config.seed, config.pad_share)
     drawing = Drawing(
@@ -290,11 +268,10 @@ def open_run(config: Config, ranks: Ranks) -> Run:
     wandb_id = run_id if config.wandb else None
     pulse = config.out / progress_file(ranks.node) if ranks.speaks else None
     return Run(
-        **{"config": config, "ranks": ranks, "id": run_id, "learning": learning, "lake": lake, "owner": owner},
+        **{"config": config, "ranks": ranks, "learning": learning, "lake": lake, "owner": owner, "keeper": keeper},
         validation=Validation(lake, teacher, view.frontend, device, config.probe_table if ranks.is_first else None),
         feed=Feed(lake, owner, drawing, view, ranks, state["reader"] if state else None, allocate),
         journal=Journal(config.out, learning.step, wandb_id) if ranks.is_first else Pulse(pulse),
-        **({name: state[name] for name in ("best", "best_step")} if state else {}),
     )
 
 
@@ -316,7 +293,7 @@ def begin(run: Run, stop: StopRequest) -> bool:
     if is_new:
         sample = run.feed.sample(config.target_clips)
         learning.start_with(measure(learning.teacher, config.loss, sample, config.seed, run.ranks))
-    run.is_whole = True
+    run.keeper.finish_step()
     return True
 
 
@@ -365,10 +342,10 @@ def learn_from(run: Run, batch: Batch) -> None:
 
 def finish_step(run: Run) -> dict[str, Tensor]:
     """The optimiser step of the chunks, and the book of their clips. Returns the terms of the loss."""
-    run.is_whole = False
+    run.keeper.begin_step()
     terms = run.learning.finish_step()
     run.feed.mark_trained(run.learning.ids())
-    run.is_whole, run.saves_here = True, 0
+    run.keeper.finish_step()
     return terms
 
 
@@ -377,7 +354,7 @@ def deal_anew(run: Run) -> bool:
     share = run.feed.better_deal(run.learning.plan.num_chunks * run.config.chunk_size)
     if share is None:
         return False
-    save(run)
+    run.keeper.save(run.learning, run.feed)
     run.feed.take(share)
     print(f"step {run.learning.step}: a rank has run dry, and what the others had left is dealt anew")
     return True
@@ -386,8 +363,8 @@ def deal_anew(run: Run) -> bool:
 def leave(run: Run, is_stopping: bool) -> str:
     """Save before the last step. Returns why, for people; raises UserError if there was nothing to learn from."""
     if is_stopping:
-        if run.is_whole:
-            save(run)
+        if run.keeper.is_whole:
+            run.keeper.save(run.learning, run.feed)
         return "asked to stop"
     num_left = run.feed.num_left()
     if run.learning.step == 0:
@@ -407,8 +384,8 @@ def wait(run: Run, stop: StopRequest, reason: str) -> None:
     """
     beat(run, is_waiting=run.feed.is_short())
     run.feed.reader.report()
-    if run.feed.must_save() and run.saves_here < 2:
-        return save(run)
+    if run.feed.must_save() and run.keeper.saves_here < 2:
+        return run.keeper.save(run.learning, run.feed)
     if time.monotonic() > run.say_at:
         print(f"waiting for data: {reason} in {run.config.lake}; is datalake/run_lake.py running?")
         run.say_at = time.monotonic() + SAY_STARVED_EVERY_S
@@ -462,37 +439,8 @@ def validate_and_save(run: Run) -> None:
         statistics = learning.objective.statistics
         values = run.validation.measure(learning.ema.model, statistics)
         run.journal.log(learning.step, {"samples": learning.samples, **values, **run.validation.drift(statistics)})
-        is_best = values.get("anchor_mse", float("inf")) < run.best
-        if is_best:
-            run.best, run.best_step = values["anchor_mse"], learning.step
-    save(run, is_best)
-
-
-def save(run: Run, is_best: bool = False) -> None:
-    """Write a checkpoint that is read back before it counts, then let the ledgers retire what two of them cover."""
-    read = run.feed.state()
-    run.learning.settle()
-    if run.ranks.is_first:
-        state = {
-            "run": run.id,
-            "best": run.best,
-            "best_step": run.best_step,
-            "reader": read,
-            "remembered": remembered(run.config),
-            **run.learning.state_dict(),
-        }
-        checkpoint.save(run.config.out, state)
-        name_checkpoint(run.config, run.learning.step, is_best)
-    run.ranks.meet()  # it is durable
-    run.feed.reader.record_checkpoint()
-    run.saves_here += 1
-
-
-def name_checkpoint(config: Config, step: int, is_best: bool) -> None:
-    """Give latest.pt its other names."""
-    if is_best:
-        checkpoint.keep_as_best(config.out)
-    checkpoint.keep_numbered(config.out, step, config.keep)
+        is_best = run.keeper.note(learning.step, values.get("anchor_mse", float("inf")))
+    run.keeper.save(learning, run.feed, is_best)
 
 
 def check(config: Config) -> None:
@@ -525,8 +473,8 @@ def main(config: Config) -> None:
         try:
             reason = train(run, stop)
         except Exception as e:  # whatever broke, the steps before it are good; but one rank cannot save without others
-            if not isinstance(e, UserError) and run.is_whole and ranks.size == 1:
-                save(run)
+            if not isinstance(e, UserError) and run.keeper.is_whole and ranks.size == 1:
+                run.keeper.save(run.learning, run.feed)
             raise
         finally:
             run.feed.reader.close()

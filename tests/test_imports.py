@@ -50,6 +50,7 @@ ALLOWED = {
     "hub_files": {"tasks"},
     "icbhi": {"tabular", "tasks"},
     "journal": {"files", "runlog"},
+    "keeping": {"checkpoint", "feed", "files", "lake", "learning", "ranks"},
     "lake": {"files", "ledger", "schema"},
     "launch": {"ranks", "runlog"},
     "learning": {

@@ -426,11 +426,12 @@ def test_half_of_the_environment_of_torchrun_is_refused(monkeypatch):
         Ranks.join("cpu")
 
 
-def test_a_run_whose_checkpoint_tells_of_no_lakes_is_refused_in_one_line(tmp_path):
+def test_a_run_goes_on_with_each_of_its_lakes_and_with_no_other(tmp_path):
     stage, lake = load_stage(TRAINER), make_lake(tmp_path / "lake")
     config = stage.Config(lake=lake.root, out=tmp_path / "run")
-    state = {"remembered": stage.remembered(config), "reader": {"num_batches": 3, "coverage": {}, "uses": {}}}
-    with pytest.raises(UserError, match="an earlier version of this code; choose another --out"):
-        stage.refuse_another(config, state, lake)
-    state["reader"] = {"num_batches": 3, "lakes": {lake.setting("id"): []}}
-    stage.refuse_another(config, state, lake)
+    asked = stage.remembered(config)
+    state = {"remembered": asked, "reader": {"num_batches": 3, "lakes": {"another": [], lake.setting("id"): []}}}
+    stage.refuse_another(config.out, asked, state, lake)
+    del state["reader"]["lakes"][lake.setting("id")]
+    with pytest.raises(UserError, match="learned from another lake"):
+        stage.refuse_another(config.out, asked, state, lake)
