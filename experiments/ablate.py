@@ -61,6 +61,12 @@ ARMS = (
     Arm(name="no patch term", question="patch term", loss={"patch": 0.0}),
     Arm(name="MSE alone", question="terms of the loss", loss=MSE_ALONE),
     *(_mse_and(name) for name in ("relational", "contrastive", "prototype", "patch")),
+    Arm(
+        name="MSE + patch + prototype",
+        question="terms of the loss",
+        against="MSE + patch",
+        loss=MSE_ALONE | {"patch": 0.5, "prototype": 0.5},
+    ),
     Arm(name="negatives of the batch", question="negatives", loss={"negatives": "batch"}),
     Arm(name="no clips cut short", question="--pad-share", pad_share=0.0),
     Arm(name="controller ema-batch", question="controller", controller="ema-batch"),
