@@ -51,7 +51,7 @@ from hear_distill.student import SIZES, StudentConfig
 from hear_distill.teacher import Teacher, load_teacher, to_bfloat16
 from hear_distill.validation import Validation
 
-BEST_LOSS = LossConfig(patch=0.5, weighting="balanced")
+BEST_LOSS = LossConfig(relational=0.0, contrastive=0.0, patch=0.5)  # what won the ablations in NOTES.md
 BEST_SCHEDULE = Schedule(warmup_samples=256_000, decay_samples=5_120_000)
 
 

@@ -95,7 +95,7 @@ def make_teacher(size: Size, folder: Path, device: torch.device, is_plain: bool)
 def make_learning(size: Size, teacher: Teacher, device: torch.device, is_plain: bool) -> Learning:
     """The trainer's, in the middle of a run, as the trainer has it on this device, or plain."""
     control = Control(schedule=Schedule(), chunk_samples=size.chunk)
-    loss = LossConfig(patch=0.5, weighting="balanced")
+    loss = LossConfig(relational=0.0, contrastive=0.0, patch=0.5)
     learning = Learning(teacher, size.student, loss, Pace(control, "off", False, device), 0.05, SEED)
     learning.objective = random_objective(teacher, loss, size.queue_rows, device)
     if device.type == "cuda" and is_plain:

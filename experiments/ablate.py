@@ -38,12 +38,11 @@ COLUMNS = {
     "whole_knn_overlap": "k-NN overlap",
     "probe_map": "probe mAP",
 }
-MSE_ALONE: dict[str, Any] = {"relational": 0.0, "contrastive": 0.0, "patch": 0.0, "weighting": "given"}
+PUBLISHED = {"relational": 0.5, "contrastive": 0.5}
 
 
-def _mse_and(name: str) -> Arm:
-    loss = MSE_ALONE | {name: 0.5}
-    return Arm(name=f"MSE + {name}", question="terms of the loss", against="MSE alone", loss=loss)
+def _and(name: str) -> Arm:
+    return Arm(name=f"and {name}", question="terms of the loss", loss={name: 0.5})
 
 
 ARMS = (
@@ -59,15 +58,14 @@ ARMS = (
         model={"canon": "none", "positions": "learned"},
     ),
     Arm(name="no patch term", question="patch term", loss={"patch": 0.0}),
-    Arm(name="MSE alone", question="terms of the loss", loss=MSE_ALONE),
-    *(_mse_and(name) for name in ("relational", "contrastive", "prototype", "patch")),
+    *(_and(name) for name in ("relational", "contrastive", "prototype")),
+    Arm(name="published terms", question="terms of the loss", loss=PUBLISHED),
     Arm(
-        name="MSE + patch + prototype",
-        question="terms of the loss",
-        against="MSE + patch",
-        loss=MSE_ALONE | {"patch": 0.5, "prototype": 0.5},
+        name="negatives of the batch",
+        question="negatives",
+        against="published terms",
+        loss=PUBLISHED | {"negatives": "batch"},
     ),
-    Arm(name="negatives of the batch", question="negatives", loss={"negatives": "batch"}),
     Arm(name="no clips cut short", question="--pad-share", pad_share=0.0),
     Arm(name="controller ema-batch", question="controller", controller="ema-batch"),
     Arm(name="controller batch", question="controller", controller="batch"),
@@ -86,7 +84,6 @@ ARMS = (
         against="kernel 5",
         model={"canon_kernel": 5, "positions": "learned"},
     ),
-    Arm(name="given weights", question="weights", loss={"weighting": "given"}),
 )
 
 Record = dict[str, Any]  # a line of the file

@@ -62,7 +62,7 @@ class Arm:
 
 
 STUDENT = {"width": 48, "blocks": 12, "heads": 3, "mlp_width": 192}
-LOSS = {"patch": 0.5, "weighting": "balanced"}
+LOSS = {"relational": 0.0, "contrastive": 0.0, "patch": 0.5}
 
 
 class RecordedTeacher:

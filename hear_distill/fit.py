@@ -102,7 +102,6 @@ def random_objective(teacher: Teacher, config: LossConfig, queue_rows: int, devi
         "queue": None,
         "prototypes": None,
         "weights": asdict(config.weights()),
-        "is_balanced": True,
         "known_ids": torch.empty(0, 2, dtype=torch.int64),
         "known": torch.empty(0, width),  # [0, E]
     }

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hear_distill.files import UserError
 from hear_distill.noise_scale import ChunkGradients, squared_norms
-from hear_distill.objective import ClipId, Learner, LossConfig, Losses, Objective, Targets
+from hear_distill.objective import ClipId, Learner, LossConfig, Objective, Targets
 from hear_distill.pace import Pace, is_passed
 from hear_distill.schedule import Plan
 from hear_distill.student import Student, StudentConfig
@@ -47,7 +47,6 @@ class Chunk:
     targets: Targets
     terms: dict[str, Tensor]
     """without gradient"""
-    pulls: dict[str, Tensor]
 
 
 def make_optimizer(learner: nn.Module, rate: float, weight_decay: float) -> torch.optim.AdamW:
@@ -123,19 +122,18 @@ class Learning:
         else:
             targets = self.objective.targets_of(windows).joined(len(windows) // len(spectrogram))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_bfloat16):
-            losses = self.losses_of(spectrogram, targets)
-        losses.terms["loss"].backward()
+            terms = self.losses_of(spectrogram, targets)
+        terms["loss"].backward()
         self.gradients.add()
-        terms = {name: term.detach() for name, term in losses.terms.items()}
+        terms = {name: term.detach() for name, term in terms.items()}
         if not self.wants_probe:
             spectrogram, targets = None, Targets(targets.embedding, None)
-        self.chunks.append(Chunk(ids, spectrogram, targets, terms, losses.pulls))
+        self.chunks.append(Chunk(ids, spectrogram, targets, terms))
 
-    def losses_of(self, spectrogram: Tensor, targets: Targets) -> Losses:
+    def losses_of(self, spectrogram: Tensor, targets: Targets) -> dict[str, Tensor]:
         """[B, 1, 192, 128] -> the losses at this moment of the run."""
         progress = self.samples / self.pace.control.schedule.total_samples
-        with_pulls = self.objective.wants_pulls(self.pace.is_warm(self.samples)) and torch.is_grad_enabled()
-        return self.objective.losses_of(self.learner, spectrogram, targets, progress, with_pulls)
+        return self.objective.losses_of(self.learner, spectrogram, targets, progress)
 
     def finish_step(self) -> dict[str, Tensor]:
         """The optimiser step of the chunks that were added. Returns the terms, means over them, on the device.
@@ -162,19 +160,11 @@ class Learning:
         }
         self.ranks.average(terms.values())
         self.watch.update(terms["loss"], is_bad, num_clips)
-        if self.chunks[0].pulls and self.objective.balance(self._pulls()):
-            print(f"the weights of the loss are now {self.objective.weights}")
-            self.watch.forget_losses()
         return {**terms, "grad_norm": grad_norm}
 
     def _embeddings(self) -> Tensor:
         """[n, E] of what the teacher said of the clips of this step, on all ranks, in their order."""
         return self.ranks.stack(torch.cat([chunk.targets.embedding for chunk in self.chunks]))
-
-    def _pulls(self) -> list[dict[str, float]]:
-        """Of all chunks of this step. Waits for the device."""
-        mine = [{name: float(pull) for name, pull in chunk.pulls.items()} for chunk in self.chunks]
-        return [pulls for theirs in self.ranks.gather(mine) for pulls in theirs]
 
     def ids(self) -> list[ClipId]:
         """The clips of this step that this rank has seen."""
@@ -191,10 +181,10 @@ class Learning:
         targets = self.objective.targets_of(spectrogram) if not self.pace.is_warm(self.samples) else None
 
         def held_out() -> Tensor:
-            return over_ranks(self.losses_of(spectrogram, targets).terms["loss"])
+            return over_ranks(self.losses_of(spectrogram, targets)["loss"])
 
         def training() -> Tensor:
-            losses = [self.losses_of(chunk.spectrogram, chunk.targets).terms["loss"] for chunk in self.chunks]
+            losses = [self.losses_of(chunk.spectrogram, chunk.targets)["loss"] for chunk in self.chunks]
             return over_ranks(torch.stack(losses).mean())
 
         def over_ranks(loss: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ common part, which makes all clips similar until their mean is taken off.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -179,45 +178,6 @@ def contrastive_in_batch(student: Tensor, teacher: Tensor, temperature: float = 
     logits = _unit(student) @ _unit(teacher.detach()).T / temperature  # [B, B]
     own = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-
-
-# --------------------------------------------------------------------------------------------------- weights by measure
-
-
-def gradient_norms(terms: Mapping[str, Tensor], embedding: Tensor) -> dict[str, Tensor]:
-    """How hard each term pulls at a clip's embedding: root mean square over clips of the norm of a clip's gradient.
-
-    That does not depend on B where the term is separable. To average over chunks or ranks, average the squares.
-    The graph is kept, so a backward pass can follow.
-
-    Args:
-        terms: scalars that are means over clips, such as `distill_loss` returns; those that have no gradient, the
-            weighted sum, and the patch term, which the embedding has no part in, are left out.
-        embedding: [B, E], the very tensor that `distill_loss` was given as `student`.
-    """
-    norms = {}
-    for name in ("mse", "relational", "contrastive", "prototype"):
-        if name in terms:
-            (gradient,) = torch.autograd.grad(terms[name], embedding, retain_graph=True)  # [B, E], of the mean
-            norms[name] = gradient.norm() * math.sqrt(len(embedding))
-    return norms
-
-
-def balanced_weights(norms: Mapping[str, float], published: LossWeights) -> LossWeights:
-    """Weights under which the selected terms pull equally hard, all together as hard as under the published ones.
-
-    "Hard" counts each term alone, as if the directions did not cancel. A term of weight 0 keeps it, and so does the
-    patch term, which pulls at tokens and not at the embedding.
-
-    Raises:
-        ValueError: a selected term without a norm, or one that is zero or not finite: nothing can be set by it.
-    """
-    selected = {name: weight for name, weight in asdict(published).items() if weight > 0 and name != "patch"}
-    wrong = {name: norms.get(name) for name in selected if not 0 < norms.get(name, math.nan) < math.inf}
-    if wrong or not selected:
-        raise ValueError(f"weights cannot be balanced: a gradient norm must be finite and above 0, got {wrong}")
-    share = sum(weight * norms[name] for name, weight in selected.items()) / len(selected)
-    return LossWeights(**asdict(published) | {name: share / norms[name] for name in selected})
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers

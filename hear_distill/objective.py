@@ -9,7 +9,6 @@ these embeddings, and each of them is the target of its clip when that is drawn.
 B clips of a chunk   n clips of the sample   E = 512 embedding   N = 96 tokens   P = 1024 width of the teacher's tokens
 """
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
@@ -20,9 +19,7 @@ from torch import Tensor, nn
 from hear_distill.losses import (
     LossWeights,
     References,
-    balanced_weights,
     distill_loss,
-    gradient_norms,
     patch_share,
 )
 from hear_distill.ranks import ALONE, Ranks
@@ -50,8 +47,6 @@ class LossConfig(LossWeights):
     negatives: Literal["queue", "batch"] = "queue"
     """of the relational and the contrastive term: teacher embeddings of earlier clips, or, as published, the other
     clips of the chunk"""
-    weighting: Literal["given", "balanced"] = "given"
-    """balanced: the weights are measured once, after the warm-up, so that each term but patch pulls equally hard"""
 
     def weights(self) -> LossWeights:
         """The weights alone."""
@@ -93,16 +88,6 @@ class Targets:
         shape = (-1, clips_per_sound)
         patches = self.patches.unflatten(0, shape).flatten(1, 2) if self.patches is not None else None
         return Targets(self.embedding.unflatten(0, shape).mean(dim=1), patches)
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Of one chunk."""
-
-    terms: dict[str, Tensor]
-    """scalars; `loss` has the gradient, `explained_variance` is 1 - mse"""
-    pulls: dict[str, Tensor]
-    """gradient norm of each term at a clip's embedding; empty unless asked for"""
 
 
 @torch.no_grad()
@@ -158,7 +143,6 @@ def measured(
         "queue": TeacherQueue(known).state_dict() if config.negatives == "queue" else None,
         "prototypes": make_prototypes(known, NUM_PROTOTYPES, seed) if config.prototype > 0 else None,
         "weights": asdict(config.weights()),
-        "is_balanced": False,
         "known_ids": torch.tensor(ids, dtype=torch.int64),  # [n, 2 or 3]
         "known": known,
     }
@@ -193,7 +177,6 @@ class Objective:
         self.queue = TeacherQueue(queue["rows"].to(device), queue["oldest"]) if queue else None
         self.prototypes = state["prototypes"].to(device) if state["prototypes"] is not None else None
         self.weights = LossWeights(**state["weights"])
-        self.is_balanced: bool = state["is_balanced"]
         self.known = state["known"].to(device)  # [n, E], standardised
         self.known_rows: dict[ClipId, int] = {tuple(i): row for row, i in enumerate(state["known_ids"].tolist())}
 
@@ -206,7 +189,6 @@ class Objective:
             "queue": self.queue.state_dict() if self.queue else None,
             "prototypes": self.prototypes,
             "weights": asdict(self.weights),
-            "is_balanced": self.is_balanced,
             "known_ids": torch.tensor(list(self.known_rows), dtype=torch.int64),
             "known": self.known[rows],
         }
@@ -226,9 +208,11 @@ class Objective:
         return Targets(embedding, self.patches.standardise(patches) if self.patches else None)
 
     def losses_of(
-        self, learner: nn.Module, spectrogram: Tensor, targets: Targets, progress: float, with_pulls: bool = False
-    ) -> Losses:
-        """[B, 1, 192, 128] and its targets -> the terms; `progress`, from 0 to 1, is how much of the run is done.
+        self, learner: nn.Module, spectrogram: Tensor, targets: Targets, progress: float
+    ) -> dict[str, Tensor]:
+        """[B, 1, 192, 128] and its targets -> the terms: scalars, of which `loss` has the gradient.
+
+        `progress`, from 0 to 1, is how much of the run is done; `explained_variance` is 1 - mse.
 
         Float32 from the embedding on, whatever precision the learner computes in.
         """
@@ -242,22 +226,7 @@ class Objective:
             patches=(patches.float(), targets.patches) if patches is not None else None,
         )
         terms["explained_variance"] = 1 - terms["mse"].detach()
-        return Losses(terms, gradient_norms(terms, predicted) if with_pulls else {})
-
-    def wants_pulls(self, is_warm: bool) -> bool:
-        """Whether this step should measure the weights: the first after the warm-up, if they are to be balanced."""
-        return is_warm and self.config.weighting == "balanced" and not self.is_balanced
-
-    def balance(self, chunks: Sequence[Mapping[str, Tensor]]) -> bool:
-        """Set the weights, for good, by what `losses_of` found in each chunk. Waits for the device.
-
-        Returns whether that was possible: not after a step whose gradients were not finite.
-        """
-        pulls = {name: math.sqrt(sum(float(c[name]) ** 2 for c in chunks) / len(chunks)) for name in chunks[0]}
-        if not all(math.isfinite(pull) for pull in pulls.values()):
-            return False
-        self.weights, self.is_balanced = balanced_weights(pulls, self.weights), True
-        return True
+        return terms
 
     def finish_step(self, embeddings: Tensor, ids: Iterable[ClipId], is_taken: Tensor) -> None:
         """After the optimiser step: [n, E], of all ranks, enter the queue if the step was taken; what was known of

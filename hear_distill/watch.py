@@ -42,10 +42,6 @@ class StepWatch:
         self.mean = self.mean + share * away
         self.variance = (1 - share) * (self.variance + share * away.square())
 
-    def forget_losses(self) -> None:
-        """Begin anew with the mean: from now on the loss is another one. The counts stay."""
-        self.steps = self.mean = self.variance = torch.zeros_like(self.mean)
-
     def take_longest(self) -> int:
         """The most steps in a row that were skipped since the last call. Waits."""
         longest = int(self.longest)

@@ -44,7 +44,7 @@ FLAGS = {
         *("model.width", "model.blocks", "model.heads", "model.mlp-width", "model.embedding-width"),
         *("model.canon", "model.canon-kernel", "model.canon-dims", "model.positions"),
         *("loss.mse", "loss.relational", "loss.contrastive", "loss.prototype", "loss.patch"),
-        *("loss.negatives", "loss.weighting"),
+        "loss.negatives",
         *("schedule.shape", "schedule.peak", "schedule.total-samples"),
         *("schedule.warmup-samples", "schedule.decay-samples"),
     },

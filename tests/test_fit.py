@@ -26,7 +26,7 @@ from hear_distill.teacher import load_teacher
 
 CPU = torch.device("cpu")
 MODEL = StudentConfig(width=24, heads=2, blocks=1, mlp_width=24)
-ALL = LossConfig(patch=0.5, prototype=0.5, weighting="balanced")
+ALL = LossConfig(patch=0.5, prototype=0.5)
 QUEUE, BATCH = LossConfig(), LossConfig(negatives="batch")
 
 
@@ -188,7 +188,7 @@ def test_the_batch_and_the_largest_that_a_controller_may_ask_for_stay_as_they_we
 
 
 def test_a_run_whose_chunk_is_its_loss_is_refused_before_it_touches_the_lake(training):
-    run = training(loss__negatives="batch", loss__patch=0.0, loss__weighting="given", chunk_size=4)
+    run = training(loss__negatives="batch", loss__patch=0.0, chunk_size=4)
     ended = run.run(edit=small_gpu)
     assert ended.code == 2 and ended.said.startswith("error: ") and "--loss.negatives batch" in ended.said
     lake = Lake.open(run.lake)

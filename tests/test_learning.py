@@ -143,15 +143,15 @@ def test_the_teacher_is_not_asked_where_all_is_known(frozen):
 
 
 def test_a_state_that_is_taken_up_gives_the_same_targets_and_losses(frozen):
-    loss = LossConfig(patch=0.5, prototype=0.0, weighting="balanced")
+    loss = LossConfig(patch=0.5, prototype=0.0)
     first = learning_of(frozen, loss)
     step(first, 1)
     objective = Objective(frozen, loss, first.objective.state_dict(), CPU)
-    assert objective.is_balanced and objective.weights == first.objective.weights
+    assert objective.weights == first.objective.weights
     images, ids = spectrograms(4, seed=6), [*IDS[:2], (9, 9), (9, 8)]
     ours, theirs = (o.targets_of(images, ids) for o in (objective, first.objective))
     assert torch.equal(ours.embedding, theirs.embedding) and torch.equal(ours.patches, theirs.patches)
-    losses = [o.losses_of(first.learner, images, ours, 0.9).terms for o in (objective, first.objective)]
+    losses = [o.losses_of(first.learner, images, ours, 0.9) for o in (objective, first.objective)]
     assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[1])
 
 
@@ -160,28 +160,8 @@ def test_the_patch_term_fades_over_the_last_fifth(frozen):
     images = spectrograms(4, seed=7)
     targets = learning.objective.targets_of(images)
     with torch.no_grad():
-        losses = [learning.objective.losses_of(learning.learner, images, targets, p).terms for p in (0.5, 0.9)]
+        losses = [learning.objective.losses_of(learning.learner, images, targets, p) for p in (0.5, 0.9)]
     assert float(losses[0]["loss"] - losses[1]["loss"]) == pytest.approx(0.25 * float(losses[0]["patch"]), rel=1e-3)
-
-
-def test_balanced_weights_make_the_terms_pull_equally_hard(frozen):
-    learning = learning_of(frozen, LossConfig(weighting="balanced"))
-    learning.begin_step()
-    images = spectrograms(8, seed=8)
-    for part in images.split(4):
-        learning.add(part, [(8, 0)] * 4)
-    pulls = {name: torch.stack([c.pulls[name] for c in learning.chunks]).square().mean().sqrt() for name in ("mse",)}
-    chunks = learning.chunks
-    learning.finish_step()
-    weights = learning.objective.weights
-    hard = {}
-    for name in ("mse", "relational", "contrastive"):
-        pull = torch.stack([c.pulls[name] for c in chunks]).square().mean().sqrt()
-        hard[name] = float(getattr(weights, name) * pull)
-    assert max(hard.values()) == pytest.approx(min(hard.values()), rel=1e-5)
-    assert float(pulls["mse"]) > 0
-    step(learning, 9)
-    assert learning.objective.weights is weights
 
 
 def test_the_learner_predicts_tokens_beside_the_embedding_of_their_mean():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hear_distill import losses
-from hear_distill.losses import LossWeights, References, balanced_weights, distill_loss, gradient_norms, patch_share
+from hear_distill.losses import LossWeights, References, distill_loss, patch_share
 from tests.reference import losses as by_the_book
 
 WEIGHTS = LossWeights(mse=0.3, relational=5.0, contrastive=0.7)
@@ -285,58 +285,3 @@ def test_a_weight_for_a_term_without_its_input_is_refused(name):
 def test_the_patch_term_keeps_its_weight_for_four_fifths_and_fades_to_nothing():
     assert [patch_share(x) for x in (0, 0.5, 0.8, 0.85, 0.9, 1.0)] == pytest.approx([1, 1, 1, 0.75, 0.5, 0])
     assert patch_share(1.01) == 0
-
-
-# --------------------------------------------------------------------------------------------------- weights by measure
-
-
-def test_a_gradient_norm_is_the_root_mean_square_over_clips_of_what_moving_one_clip_does():
-    student, teacher = embeddings(10, torch.float64)
-    against = references(10, teacher)
-    student.requires_grad_()
-    terms = distill_loss(student, teacher, ALL, references=against, patches=patch_tokens(10, torch.float64))
-    found = gradient_norms(terms, student)
-    terms["loss"].backward()  # the graph is still there
-
-    s, t, q, c = (x.detach().numpy() for x in (student, teacher, against.queue, against.prototypes))
-    terms_of = {
-        "mse": by_the_book.mse,
-        "relational": lambda x, y: by_the_book.relational_to_queue(x, y, q)[0],
-        "contrastive": lambda x, y: by_the_book.contrastive_to_queue(x, y, q, 0.07)[0][0],
-        "prototype": lambda x, y: by_the_book.prototype(x, y, c, 0.1)[0],
-    }
-    assert found.keys() == terms_of.keys()
-    for name, term in terms_of.items():
-        squares = 0.0
-        for i in range(7):
-            for d in range(24):
-                step = np.zeros((1, 24))
-                step[0, d] = 1e-5
-                slope = (term(s[[i]] + step, t[[i]]) - term(s[[i]] - step, t[[i]])) / 2e-5
-                squares += slope**2 / 7
-        assert found[name].item() == pytest.approx(squares**0.5, rel=1e-5), name
-
-
-def test_balanced_terms_pull_equally_hard_and_together_as_hard_as_before():
-    norms = {"mse": 0.2, "relational": 0.05, "contrastive": 3.0, "prototype": 0.7}
-    published = LossWeights(mse=1.0, relational=0.5, contrastive=0.5, patch=0.4)
-    found = balanced_weights(norms, published)
-    pulls = [found.mse * 0.2, found.relational * 0.05, found.contrastive * 3.0]
-    assert pulls == pytest.approx([(1.0 * 0.2 + 0.5 * 0.05 + 0.5 * 3.0) / 3] * 3)
-    assert (found.prototype, found.patch) == (0, 0.4)
-
-
-@pytest.mark.parametrize(
-    ("norms", "weights"),
-    [
-        ({"mse": 0.0, "relational": 1.0, "contrastive": 1.0}, {}),
-        ({"mse": float("nan"), "relational": 1.0, "contrastive": 1.0}, {}),
-        ({"mse": 1.0, "relational": float("inf"), "contrastive": 1.0}, {}),
-        ({"mse": 1.0, "relational": 1.0}, {}),
-        ({"mse": 1.0}, {"mse": 0.0, "relational": 0.0, "contrastive": 0.0, "patch": 1.0}),
-    ],
-    ids=["zero", "not a number", "infinite", "not measured", "nothing to balance"],
-)
-def test_weights_cannot_be_balanced_by_norms_that_say_nothing(norms, weights):
-    with pytest.raises(ValueError, match="weights cannot be balanced"):
-        balanced_weights(norms, LossWeights(**weights))

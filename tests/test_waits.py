@@ -27,7 +27,7 @@ from hear_distill.teacher import load_teacher
 
 CPU = torch.device("cpu")
 MODEL = StudentConfig(width=24, heads=2, blocks=1, mlp_width=24)
-BEST = LossConfig(patch=0.5, weighting="balanced")
+BEST = LossConfig(patch=0.5)
 PAPER = LossConfig(negatives="batch")
 READERS = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__", "__array__")
 # What the reading of a number, a shape that depends on numbers, and a comparison of whole tensors come down to.
@@ -120,15 +120,11 @@ def clips_of(ids) -> np.ndarray:
 @pytest.mark.parametrize("controller", ["off", "seesaw", "batch", "ema-batch"])
 @pytest.mark.parametrize("loss", [BEST, PAPER], ids=["best", "paper"])
 def test_a_step_between_two_log_points_does_not_wait_for_the_device(run, monkeypatch, loss, controller, has_known):
-    """But for the one step after the warm-up in which the weights of the loss are balanced: that is let by."""
     learning, step = run(loss, controller, has_known)
     for _ in range(5):
-        if learning.objective.wants_pulls(learning.pace.is_warm(learning.samples)):
+        with no_waits(monkeypatch):
             step()
-        else:
-            with no_waits(monkeypatch):
-                step()
-    assert learning.samples == 40 and (learning.objective.is_balanced or loss is PAPER)
+    assert learning.samples == 40
 
 
 @pytest.mark.parametrize(

@@ -46,14 +46,6 @@ def test_the_loss_of_a_skipped_step_is_no_spike_and_moves_no_mean():
     assert float(disturbed.mean) == pytest.approx(float(quiet.mean)) and disturbed.variance.isfinite()
 
 
-def test_another_loss_is_no_spike_if_the_watch_is_told_and_is_one_if_not():
-    told, not_told = watched(noisy(400)), watched(noisy(400))
-    told.forget_losses()
-    for watch in (told, not_told):
-        watch.update(torch.tensor(9.0), torch.tensor(0.0), 8)
-    assert (told.counts()["loss_spikes"], not_told.counts()["loss_spikes"]) == (0, 1)
-
-
 def test_a_resumed_watch_goes_on_to_the_bit():
     losses = [*noisy(90), 7.0, *noisy(30)]
     whole, first = watched(losses, bad={5, 80}), watched(losses[:70], bad={5})

@@ -33,6 +33,7 @@ TINY = {
     **{"--device": "cpu", "--chunk-size": 2, "--open-shards": 3, "--save-every": 24, "--log-every": 8},
     **{"--schedule.total-samples": 4000, "--schedule.warmup-samples": 8, "--schedule.decay-samples": 0},
     **{"--schedule.peak": 3e-3, "--target-clips": 16},
+    **{"--loss.relational": 0.5, "--loss.contrastive": 0.5},
     **{"--model.width": 24, "--model.heads": 2, "--model.blocks": 1, "--model.mlp-width": 24},
 }
 SMALL_SHARDS = ("--shard-clips", 10, "--open-tars", 2, "--val-clips", 8, "--val-fraction", 0.05)  # of the streamer
