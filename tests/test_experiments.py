@@ -273,12 +273,12 @@ def test_the_table_pairs_seeds_and_names_what_was_not_run_and_where_the_rate_lie
     for arm, of_seeds in (("best", [0.5, 0.1, 0.3]), ("kernel 5", [0.6, 0.25, 0.35])):
         records += [record(arm, 1e-3, 0, 0.0)] + [record(arm, 4e-3, 0, 0.0)] * (arm == "best")
         records += [record(arm, 2e-3, seed, value) for seed, value in enumerate(of_seeds)]
-    records += [record("no Canon", 1e-3, 0, 0.2), *(record("no Canon", 2e-3, seed, 0.4) for seed in range(3))]
+    records += [record("no Canon", 1e-3, 0, 0.2), *(record("positions", 2e-3, seed, 0.4) for seed in range(3))]
     text = ablate.as_markdown(records)
     # gaps 0.10, 0.15, 0.05: mean 0.1, deviation 0.05, t(0.975, 2) = 4.3027
     assert f"+0.100 ± {4.3027 * 0.05 / math.sqrt(3):.3f} |" in text
     assert "| best | 0.002 | 60 | 0.300 |" in text
-    assert "| kernel 5 | 0.002 (border) | 60 | 0.400 |" in text and "| no Canon | 0.002 (only) |" in text
+    assert "| kernel 5 | 0.002 (border) | 60 | 0.400 |" in text and "| positions | 0.002 (only) |" in text
     assert "Not run: no Canon, circular padding" in text and "13 runs, 13 min" in text
 
 
