@@ -62,7 +62,7 @@ ALLOWED = {
     "noise_scale": set(),
     "objective": {"losses", "student", "targets", "teacher"},
     "pace": {"critical_lr", "noise_scale", "schedule"},
-    "paper_probe": {"probes"},
+    "paper_probe": {"metrics", "probes"},
     "plan": {"audio", "files", "room", "runlog", "shards", "status", "synthetic"},
     "plots": {"files", "runlog"},
     "protocols": {"audio", "embedders", "files", "frontend", "tasks"},
