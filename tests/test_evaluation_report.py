@@ -127,6 +127,13 @@ def test_diagnoses_stand_beside_the_published_f1_over_folds(results):
     assert row[7].startswith(f"{of_student['metrics']['f1 COPD']['value']:.3f} [")
 
 
+def test_what_is_kept_above_chance_stands_beside_students_alone(results):
+    rows = {row[1]: row for row in cells_of(as_markdown(results), "Cough") if row[1] in results["models"]}
+    kept = main_section(results)["datasets"][0]["tasks"][0]["models"]["student"]["above_chance_percent"]
+    assert rows["student"][-1].startswith(f"{kept['value']:.1f} [")
+    assert rows["teacher"][-1] == rows["logmel"][-1] == ""
+
+
 def test_every_model_and_metric_of_a_quantity_is_printed(results):
     rows = cells_of(as_markdown(results), "age")
     assert [row[1] for row in rows] == ["teacher", "logmel", "student"]
