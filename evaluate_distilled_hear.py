@@ -2,7 +2,7 @@
 
 in:   checkpoints of the trainer, HeAR or a folder like it, baselines without weights; labelled datasets
 out:  <out>/{results.json, table.md, *.png}, and one screen of numbers on stdout
-cost: not measured on FSD50K; COST_DEMO
+cost: 47 s of CPU for the 420 recordings of the demo (`time python evaluate_distilled_hear.py demo`)
 
     python evaluate_distilled_hear.py --dataset fsd50k --dataset flusense    # runs/hear-vit-s/best.pt against HeAR
     python evaluate_distilled_hear.py demo                                   # the demo's student, no network
