@@ -353,14 +353,16 @@ def problems_in(dataset: Results, probe: str) -> list[str]:
 
 def data_in_words(dataset: Dataset) -> Results:
     """What the table says of a dataset as a whole."""
-    num_groups = len(np.unique(dataset.groups))
-    copies = f"A sound that is in two groups ({COPY}) is left out of the second."
+    grouped = f"{len(np.unique(dataset.groups))} {dataset.group_word}s, each on one side of every split"
+    if dataset.is_ungrouped:  # its own note says so, and how many rows: nothing here may say otherwise
+        grouped = f"not every row tells its {dataset.group_word}: rows of one may lie on both sides of a split"
+    copies = f"a sound that is in two groups ({COPY}) is left out of the second"
     return {
         "title": dataset.title,
         "revision": dataset.revision,
         "rows": len(dataset.groups),
         "preprocessing": dataset.preprocessing,
-        "notes": [f"{num_groups} {dataset.group_word}s, each on one side of every split. {copies}", *dataset.notes],
+        "notes": [f"{grouped}; {copies}", *dataset.notes],
     }
 
 

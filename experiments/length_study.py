@@ -2,7 +2,7 @@
 
 in:   labelled recordings, checkpoints of students, a teacher
 out:  <out>/{length_study.json, length_study.md, length_study.png}: mAP by length, of a probe fitted at 2 s and refitted
-cost: 2 min of CPU for the 400 recordings of ESC-10, four small models and one test fold
+cost: more than 3 min of CPU for the 400 recordings of ESC-10, four small models and one test fold
 
     python experiments/length_study.py --dataset table=esc10.parquet --test-fold 5 --teacher DIR --out results/length \\
         --checkpoint canon=canon.pt positions=positions.pt both=both.pt

@@ -243,6 +243,15 @@ def test_look_alikes_of_real_datasets_go_through_side_by_side(folder, tmp_path, 
     assert (tmp_path / "confusion.png").is_file()
 
 
+def test_rows_that_tell_no_recording_are_not_said_to_be_on_one_side_of_a_split(tmp_path):
+    sounds = [lookalikes.sound(i) for i in range(4)]
+    columns = {"audio": lookalikes.audio_column(sounds, [f"{i}.wav" for i in range(4)])}
+    path = lookalikes.write_parquet(tmp_path / "f.parquet", columns | {"label": ["cough", "etc"] * 2})
+    notes = evaluate.data_in_words(evaluate.load_dataset(f"flusense={path}"))["notes"]
+    assert "rows of one may lie on both sides" in notes[0] and "each on one side" not in "".join(notes)
+    assert any("ungrouped: leakage possible; 4 rows" in note for note in notes)
+
+
 @pytest.mark.parametrize(
     ("checkpoints", "names"),
     [
