@@ -1,369 +1,414 @@
-"""Compare a student with HeAR on labelled recordings: what a linear probe can read from either embedding.
+"""Compare students with HeAR on labelled recordings: what a probe can read from each embedding.
 
-in:   a checkpoint of the trainer, HeAR or a folder like it, a Parquet table (audio, label, group and perhaps fold)
-out:  <out>/{results.json, table.md, student_vs_teacher.png}, and the table on stdout
-cost: 73 s for the 420 recordings of the demo on two busy cores (`time python evaluate_distilled_hear.py demo`)
+in:   checkpoints of the trainer, HeAR or a folder like it, baselines without weights; labelled datasets
+out:  <out>/{results.json, table.md, *.png}, and one screen of numbers on stdout
+cost: 47 s of CPU for the 420 recordings of the demo (`time python evaluate_distilled_hear.py demo`)
 
-    python evaluate_distilled_hear.py --table TABLE.parquet                  # runs/hear-vit-s/best.pt against HeAR
+    python evaluate_distilled_hear.py --dataset fsd50k --dataset flusense    # runs/hear-vit-s/best.pt against HeAR
     python evaluate_distilled_hear.py demo                                   # the demo's student, no network
 
-Exit code 1 says that some label has too few groups to be measured; the other labels are.
+A column is an embedder under a protocol, which says how a recording becomes clips: `event` is one window of 2 s on the
+event, `windows` the mean over windows, `full` the whole recording in one forward, `squeeze` the published full-clip
+mode. `--protocol paper` is the window of `event` under the probe of HeAR's authors, in place of --probe.
 
-B windows in a batch   n = 32,000 samples of one   r rows of the table   D width of an embedding   K tasks
-d draws of the bootstrap, the first of which is the table as it stands
+Exit code 1: something could not be read or measured, which table.md names; the rest was. 2: nothing was.
+
+n rows of a dataset   W width of an embedding
 """
 
-import hashlib
+import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import soundfile
+import soxr
 import torch
-from torch import nn
-from tqdm import tqdm
 
-from hear_distill import cli, demo
-from hear_distill.audio import DecodeError, decode
+from hear_distill import checkpoint, cli, demo, published
+from hear_distill.embedders import BASELINES, Embedder, load_embedder
+from hear_distill.embedding_cache import describe, through_cache
+from hear_distill.eval_datasets import load_dataset
+from hear_distill.evaluation_pictures import write_report
+from hear_distill.evaluation_report import STUDENT, models_of, one_screen
 from hear_distill.files import UserError, atomic_write, write_json
-from hear_distill.frontend import MelPcen
-from hear_distill.probes import (
-    NUM_DRAWS,
-    NotMeasurable,
-    average_precision,
-    choose_and_fit,
-    draw_groups,
-    held_out_scores,
-    interval,
-    task_folds,
-)
+from hear_distill.measure import PAPER, TEACHER, Measured, mean_entry, measure, merged
+from hear_distill.probes import NUM_FOLDS
+from hear_distill.protocols import PROTOCOLS, embed
 from hear_distill.runlog import git_revision
-from hear_distill.student import load_student
-from hear_distill.tasks import Table, load_table, windows
-from hear_distill.teacher import HEAR, load_teacher
+from hear_distill.splits import SEEDS, Rows
+from hear_distill.tasks import COPY, GROUPED, NEITHER, TEST, Dataset, DatasetError, Task
+from hear_distill.teacher import HEAR, TeacherError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Flags of the evaluator."""
+    """Flags of the evaluator. Those of several values may repeat."""
 
-    checkpoint: Path = Path("runs/hear-vit-s/best.pt")
-    """student to evaluate"""
-    teacher: str = HEAR
-    """hub id or folder of HeAR; none leaves it out"""
-    table: Path = Path("data/table.parquet")
-    """labelled recordings: columns audio, label, group and perhaps fold"""
+    checkpoint: tuple[str, ...] = ()
+    """students: FILE or run folder, or NAME=FILE to choose the name of the column; none: runs/hear-vit-s/best.pt"""
+    every_checkpoint: Path | None = None
+    """a run folder: all its checkpoints, and a copy of the best of them as best.pt in --out"""
+    output: Literal["trunk", "projection"] = "trunk"
+    """of the students: the embedding they are made for, or that in HeAR's space"""
+    teacher: str = "auto"
+    """hub id or folder of HeAR; none leaves it out; auto takes it from the hub or its cache, if it can be had"""
+    baseline: tuple[Literal["logmel", "mfcc"], ...] = ()
+    """embeddings that nothing was learned for: the floor of a table"""
+    dataset: tuple[str, ...] = ("fsd50k", "flusense")
+    """fsd50k, flusense, coswara, from the hub; or one of these, icbhi or circor =PATH; or table=FILE.parquet"""
+    protocol: tuple[Literal["event", "windows", "full", "squeeze", "paper"], ...] = ("event", "windows")
+    """how a recording is embedded; the first is the main one, of which pictures and conclusion are"""
+    probe: Literal["logistic", "svm", "knn", "mlp", "ensemble"] = "logistic"
+    """what is fitted on the embeddings; ensemble averages the others"""
     out: Path = Path("results/hear-vit-s")
     """folder of the results, which are replaced"""
+    cache: Path = Path("results/cache")
+    """folder of embeddings that were computed before"""
     device: Literal["cuda", "cpu"] = "cuda"
-    """of both models; the probes run on the CPU"""
+    """of all models; the probes run on the CPU"""
     batch_size: int = 64
-    """windows of 2 s in one forward"""
+    """windows of 2 s in one forward, or as much sound in longer ones"""
+    workers: int = os.cpu_count() or 1
+    """processes that fit probes; the numbers do not depend on it"""
     seed: int = 0
-    """of the folds, where the table prescribes none, and of the bootstrap"""
+    """of the folds, where a dataset prescribes none, of random probes and of the bootstrap"""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.seed < 0:
-            raise ValueError("--batch-size must be at least 1 and --seed at least 0")
+        if min(self.batch_size, self.workers) < 1 or self.seed < 0:
+            raise ValueError("--batch-size and --workers must be at least 1, --seed at least 0")
+        if not (self.dataset and self.protocol):
+            raise ValueError("--dataset and --protocol must name one or more")
 
 
 PRESETS = {
     "real": Config(),
     "demo": Config(
-        checkpoint=demo.DEMO / "run" / "latest.pt",
+        checkpoint=(str(demo.DEMO / "run" / "latest.pt"),),
         teacher=str(demo.TEACHER),
-        table=demo.TABLE,
+        dataset=(f"table={demo.TABLE}",),
+        protocol=("windows",),
         out=demo.DEMO / "results",
+        cache=demo.DEMO / "results" / "cache",
         device="cpu",
     ),
 }
-STUDENT, TEACHER = "student", "teacher"
-NO_TEACHER = "none"
+BEST_OF_TRAINER = "runs/hear-vit-s/best.pt"
+AUTO, NO_TEACHER = "auto", "none"
 MAX_UNREADABLE_SHARE = 0.5
-PROTOCOL = "windows: 2 s, one every second, the last flush with the end; an embedding is their mean"
-METHOD = (
-    "AP of one linear probe per label, each row scored by a probe that saw no row of its group. In brackets the 95 % "
-    f"interval over {NUM_DRAWS} draws of groups, the same for both models. Groups counted are those with a positive."
-)
+MAX_NAMED_ROWS = 5
+DECODER = f"libsndfile {soundfile.__libsndfile_version__}, soxr {soxr.__libsoxr_version__}"
 
-Results = dict[str, Any]  # what results.json holds; table and picture are made from it alone
+Results = dict[str, Any]  # what results.json holds, laid out as hear_distill/evaluation_report.py says
+
+
+# ------------------------------------------------------------------------------------------------------------ models
 
 
 def require_inputs(config: Config) -> None:
     """Raise UserError for what can be told at once; loading HeAR takes minutes."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch finds no GPU; add --device cpu")
-    if not config.checkpoint.is_file():
-        raise UserError(
-            f"no checkpoint at {config.checkpoint}; name one with --checkpoint\n"
-            f"  or train a small one in minutes: python datalake/run_lake.py demo"
-        )
+    for path in student_files(config).values():
+        if path.endswith(".pt") and not Path(path).is_file():
+            raise UserError(
+                f"no checkpoint at {path}; name one with --checkpoint\n"
+                f"  or train a small one in minutes: python datalake/run_lake.py demo"
+            )
 
 
-def load_models(config: Config) -> tuple[dict[str, nn.Module], Results]:
-    """The models by name, the student first, and where they are from."""
-    models: dict[str, nn.Module] = {STUDENT: load_student(config.checkpoint).to(config.device)}
-    sources: Results = {STUDENT: {"checkpoint": str(config.checkpoint), "sha256": sha256(config.checkpoint)}}
-    sources[TEACHER] = None
-    if config.teacher != NO_TEACHER:
-        models[TEACHER] = teacher = load_teacher(config.teacher, device=config.device)
-        sources[TEACHER] = {"name": teacher.name, "revision": teacher.revision, "is_stand_in": teacher.is_stand_in}
-    return models, sources
+def student_files(config: Config) -> dict[str, str]:
+    """Name of the column -> checkpoint file, or folder or hub id of HeAR's kind. One student alone is `student`."""
+    specs = list(config.checkpoint)
+    if config.every_checkpoint:
+        found = sorted(config.every_checkpoint.glob("*.pt"))
+        if not found:
+            raise UserError(f"no checkpoint (*.pt) in {config.every_checkpoint}; expected the folder of a run")
+        specs += map(str, found)
+    named: list[tuple[str, str]] = []
+    for spec in specs or [BEST_OF_TRAINER]:
+        name, separator, path = spec.partition("=")
+        is_named = bool(separator) and "/" not in name
+        named.append((name, in_run(path)) if is_named else ("", in_run(spec)))
+    if len(named) == 1:
+        return {named[0][0] or STUDENT: named[0][1]}
+    stems = Counter(Path(path).stem for _, path in named)
+    names = [name or (Path(path).stem if stems[Path(path).stem] == 1 else path) for name, path in named]
+    twice = [name for name, count in Counter([*names, TEACHER, *BASELINES]).items() if count > 1]
+    if twice:
+        raise UserError(f"two columns would be called {twice[0]}; name them: --checkpoint NAME=FILE")
+    return dict(zip(names, (path for _, path in named), strict=True))
 
 
-def sha256(path: Path) -> str:
-    """Of the file, as `sha256sum` prints it."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def in_run(path: str) -> str:
+    """The best or newest checkpoint of a run folder; any other path is returned as it is."""
+    for name in (checkpoint.BEST, checkpoint.LATEST):
+        if (Path(path) / name).is_file():
+            return str(Path(path) / name)
+    return path
 
 
-def window_batches(
-    audio: Sequence[bytes | None], batch_size: int, unreadable: Counter[str]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Decode each row once: [B, n] int16 windows and the row [B] of each. Rows that cannot be decoded are counted."""
-    pending: list[np.ndarray] = []
-    owners: list[int] = []
-    for row, data in enumerate(tqdm(audio, desc="embedding", unit="row", disable=None)):  # None: only on a terminal
-        try:
-            cut = windows(decode(data or b""))
-        except DecodeError as e:
-            unreadable[e.reason] += 1
-            continue
-        pending += list(cut)
-        owners += [row] * len(cut)
-        while len(pending) >= batch_size:
-            yield np.stack(pending[:batch_size]), np.array(owners[:batch_size])
-            del pending[:batch_size], owners[:batch_size]
-    if pending:
-        yield np.stack(pending), np.array(owners)
+def load_models(config: Config) -> tuple[dict[str, Embedder], Results]:
+    """The embedders by the name of their column, and what results.json says of them.
 
-
-@torch.inference_mode()
-def embed(
-    table: Table, models: Mapping[str, nn.Module], config: Config
-) -> tuple[dict[str, np.ndarray], np.ndarray, Counter[str]]:
-    """Mean embedding of the windows of each row, from all models at once: they see the same spectrograms.
-
-    Returns:
-        [rows that were read, D] float64 by model; [r] whether a row was read; the number of the others by reason.
-
-    Raises:
-        UserError: more than half of the rows are unreadable, or a model gives NaN or infinity.
+    Checkpoints of one run with the same weights are loaded once. Raises UserError for a student or for a teacher that
+    was asked for; without --teacher, one line says that it is not to be had.
     """
-    num_windows = np.zeros(len(table.audio), dtype=int)
-    sums: dict[str, np.ndarray] = {}
-    unreadable: Counter[str] = Counter()
-    frontend = MelPcen().to(config.device)
-    for samples, rows in window_batches(table.audio, config.batch_size, unreadable):
-        audio = torch.from_numpy(samples).to(config.device).float() / 32768  # [B, n], the scale of the trainer
-        spectrogram = frontend(audio)  # [B, 1, 192, 128]
-        np.add.at(num_windows, rows, 1)
-        for name, model in models.items():
-            embeddings = model(spectrogram).double().cpu().numpy()  # [B, D]
-            np.add.at(sums.setdefault(name, np.zeros((len(num_windows), embeddings.shape[1]))), rows, embeddings)
-    if unreadable.total() > MAX_UNREADABLE_SHARE * len(table.audio):
-        raise UserError(
-            f"{unreadable.total()} of {len(table.audio)} rows of {table.name} are unreadable ({in_words(unreadable)}); "
-            f"expected WAV, FLAC, OGG or MP3 files in the column audio"
-        )
-    for name, total in sums.items():
-        if not np.isfinite(total).all():
-            raise UserError(f"embeddings of the {name} are not finite; its weights are broken, name another one")
-    is_read = num_windows > 0
-    return {name: total[is_read] / num_windows[is_read, None] for name, total in sums.items()}, is_read, unreadable
+    models: dict[str, Embedder] = {}
+    facts: Results = {}
 
+    def add(name: str, role: str, spec: str) -> None:
+        embedder = load_embedder(spec, config.device)
+        if config.every_checkpoint and embedder.fingerprint in {other.fingerprint for other in models.values()}:
+            print(f"{name} has the weights of another checkpoint and is left out")
+            return
+        models[name] = replace(embedder, name=name)
+        facts[name] = {"role": role, "spec": spec, "width": embedder.width, "is_stand_in": embedder.is_stand_in}
+        facts[name]["fingerprint"] = embedder.fingerprint
 
-def in_words(items: Mapping[str, Any]) -> str:
-    """'undecodable: 2, empty: 1'"""
-    return ", ".join(f"{name}: {value}" for name, value in items.items())
-
-
-def probe(
-    tasks: Mapping[str, np.ndarray],
-    groups: np.ndarray,
-    prescribed: np.ndarray | None,
-    embeddings: Mapping[str, np.ndarray],
-    seed: int,
-) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, str]]:
-    """Scores [r] of every row by task and model, and what is wrong with the tasks that cannot be measured."""
-    scores, problems = {}, {}
-    for name, is_positive in tqdm(tasks.items(), desc="probing", unit="task", disable=None):
+    for name, path in student_files(config).items():
+        add(name, STUDENT, f"{path}:{config.output}" if Path(path).is_file() else path)
+    if config.teacher != NO_TEACHER:
         try:
-            folds = task_folds(is_positive, groups, prescribed, seed)
-        except NotMeasurable as e:
-            problems[name] = str(e)
+            add(TEACHER, TEACHER, HEAR if config.teacher == AUTO else config.teacher)
+        except TeacherError as e:
+            if config.teacher != AUTO:
+                raise
+            print(f"the teacher is not measured: {str(e).splitlines()[0]}")
+    for name in dict.fromkeys(config.baseline):
+        add(name, "baseline", name)
+    return models, facts
+
+
+# ---------------------------------------------------------------------------------------------------------- datasets
+
+
+def load_datasets(specs: Sequence[str], problems: list[str]) -> dict[str, Dataset]:
+    """By a short name of their own. One that cannot be had becomes a problem; if all are so, the first is raised."""
+    found: dict[str, Dataset] = {}
+    errors = []
+    for spec in dict.fromkeys(specs):
+        demo.prepare(spec.partition("=")[2])
+        try:
+            dataset = load_dataset(spec)
+        except DatasetError as e:
+            errors.append(e)
+            problems.append(f"dataset {spec}: {' '.join(str(e).split())}")
             continue
-        fit = partial(choose_and_fit, seed=seed)
-        scores[name] = {
-            model: held_out_scores(features, is_positive, groups, folds, fit) for model, features in embeddings.items()
-        }
-    if not scores:
-        raise UserError(f"no label can be measured ({in_words(problems)}); add recordings of other groups")
-    return scores, problems
+        label = dataset.name
+        while label in found:
+            label += "'"
+        found[label] = dataset
+        problems += [f"{label}, {what}: {why}" for what, why in dataset.problems.items()]
+    if not found:
+        raise errors[0]
+    return found
 
 
-def measure(table: Table, is_read: np.ndarray, embeddings: Mapping[str, np.ndarray], seed: int) -> Results:
-    """Probe every label on every embedding [r, D]: the entries `tasks` and `mean` of the results."""
-    tasks = {name: is_positive[is_read] for name, is_positive in table.tasks().items()}
-    groups = table.groups[is_read]
-    prescribed = None if table.folds is None else table.folds[is_read]
-    scores, problems = probe(tasks, groups, prescribed, embeddings, seed)
-    weights = draw_groups(np.stack([tasks[name] for name in scores], axis=1), groups, NUM_DRAWS, seed)  # [d, r]
-    draws = {
-        name: {model: average_precision(tasks[name], values, weights) for model, values in of_models.items()}
-        for name, of_models in scores.items()
-    }  # each [d]
-    entries = [
-        {
-            "task": name,
-            "positives": int(is_positive.sum()),
-            "groups": len(np.unique(groups[is_positive])),
-            "share_of_positives": float(is_positive.mean()),
-            "problem": problems.get(name),
-            **summary(draws.get(name, {})),
-        }
-        for name, is_positive in tasks.items()
-    ]
-    mean = {model: np.mean([of_task[model] for of_task in draws.values()], axis=0) for model in embeddings}  # each [d]
-    return {"tasks": entries, "mean": {"num_tasks": len(draws), **summary(mean)}}
+def embed_dataset(
+    dataset: Dataset, models: dict[str, Embedder], protocol: str, config: Config
+) -> tuple[dict[str, np.ndarray], dict[int, str]]:
+    """[n, W] by model, NaN where a row could not be read, and why by row. Raises DatasetError if most could not."""
+    clip = f"event-{dataset.event}" if protocol in ("event", PAPER) else protocol
+    about = {
+        "dataset": dataset.name,
+        "revision": dataset.revision,
+        "preprocessing": f"{dataset.preprocessing}; {DECODER}",
+        "num_rows": len(dataset.groups),
+    }
+    text = PROTOCOLS[clip].text
+    keys = {name: describe(fingerprint=m.fingerprint, protocol=text, **about) for name, m in models.items()}
+    unread: dict[int, str] = {}
+
+    def readable() -> Iterator[tuple[int, np.ndarray]]:
+        for row, samples in dataset.recordings():
+            if isinstance(samples, str) or len(samples) == 0:
+                unread[row] = samples if isinstance(samples, str) else "empty"
+            else:
+                yield row, samples
+
+    def compute(names: list[str]) -> dict[str, np.ndarray]:
+        print(f"embedding {len(dataset.groups)} recordings of {dataset.name}, {clip}: {', '.join(names)}")
+        chosen = [models[name] for name in names]
+        return embed(chosen, clip, readable(), len(dataset.groups), batch_size=config.batch_size)
+
+    embeddings = through_cache(config.cache, keys, compute)
+    missing = np.isnan(next(iter(embeddings.values()))[:, 0])
+    if missing.any() and not unread:  # all from the cache, which does not hold the reasons: reading is fast
+        for _ in readable():
+            pass
+    if missing.mean() > MAX_UNREADABLE_SHARE:
+        raise DatasetError(
+            f"{len(unread)} of {len(missing)} rows are unreadable ({in_words(Counter(unread.values()))}); "
+            f"expected WAV, FLAC, OGG or MP3 files"
+        )
+    return embeddings, unread
 
 
-def summary(draws: Mapping[str, np.ndarray]) -> Results:
-    """[d] AP by model -> AP of each model and the share of the teacher's that the student keeps, with intervals."""
-    ap = {model: interval(values)._asdict() for model, values in draws.items()}
-    retained = interval(draws[STUDENT] / draws[TEACHER] * 100)._asdict() if TEACHER in draws else None
-    return {"ap": ap, "retained_percent": retained}
+def in_words(counts: Counter[str]) -> str:
+    """'undecodable: 2, empty: 1'"""
+    return ", ".join(f"{name}: {count}" for name, count in counts.items())
 
 
-def teacher_name(results: Results) -> str:
-    """What every table and picture calls it: nobody shall take a stand-in for HeAR."""
-    teacher = results[TEACHER]
-    return "stand-in teacher" if teacher and teacher["is_stand_in"] else TEACHER
+def unread_in_words(unread: dict[int, str], num_rows: int) -> str:
+    """'3 of 19 rows are unreadable (undecodable: 3), such as rows 4, 7 and 18'"""
+    named = ", ".join(str(row) for row in list(unread)[:MAX_NAMED_ROWS])
+    return f"{len(unread)} of {num_rows} rows are left out ({in_words(Counter(unread.values()))}), such as {named}"
 
 
-def cell(value: Mapping[str, float] | None, digits: int) -> str:
-    """'0.842 [0.801, 0.880]'"""
-    if value is None:
-        return "not measured"
-    return "{value:.{d}f} [{low:.{d}f}, {high:.{d}f}]".format(**value, d=digits)
+def rows_and_tasks(dataset: Dataset, split: str, is_read: np.ndarray) -> tuple[Rows, dict[str, Task]]:
+    """A split of the dataset, and its tasks on the rows that are in it and could be read."""
+    takes_part = is_read
+    rows = Rows(groups=dataset.groups)
+    if split != GROUPED:
+        found = dataset.splits[split]
+        takes_part = is_read & (found.parts != NEITHER)
+        is_holdout = found.kind == "holdout"
+        rows = replace(rows, is_test=found.parts == TEST) if is_holdout else replace(rows, folds=found.parts)
+    tasks = {name: replace(task, takes_part=task.takes_part & takes_part) for name, task in dataset.tasks.items()}
+    return rows, tasks
 
 
-def as_text(results: Results) -> str:
-    """The report: a Markdown table that is aligned, so that it can be read as it is, and the result in words."""
-    mean = results["mean"]
-    table = [["task", "positives", "groups", f"{teacher_name(results)} AP", "student AP", "retained %"]]
-    for task in results["tasks"]:
-        table.append([task["task"], str(task["positives"]), str(task["groups"]), *cells(task)])
-    table.append([f"mAP, {mean['num_tasks']} tasks", "", "", *cells(mean)])
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    table.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    lines = [f"# {title(results)}", ""]
-    for first, *others in table:
-        aligned = [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
-        lines.append(f"| {' | '.join([first.ljust(widths[0]), *aligned])} |")
-    lines += ["", METHOD]
-    lines += [f"Not measurable: {task['task']}, {task['problem']}." for task in results["tasks"] if task["problem"]]
-    if results["table"]["unreadable"]:
-        lines.append(f"Left out of {results['table']['rows']} rows: {in_words(results['table']['unreadable'])}.")
-    return "\n".join([*lines, "", conclusion(results)]) + "\n"
+def split_in_words(dataset: Dataset, split: str) -> str:
+    """For the table."""
+    if split == GROUPED:
+        return f"{NUM_FOLDS} folds of our own over {dataset.group_word}s; the mean of {SEEDS} deals, by seed"
+    if dataset.splits[split].kind == "folds":
+        return f"the {len(dataset.splits[split].names)} folds of the dataset"
+    return "the training and the test part of the dataset"
 
 
-def cells(entry: Results) -> list[str]:
-    """The last three columns of a task or of the mean."""
-    if entry.get("problem"):
-        return ["not measurable"] * 3
-    ap = entry["ap"]
-    return [cell(ap.get(TEACHER), 3), cell(ap[STUDENT], 3), cell(entry["retained_percent"], 1)]
+# ------------------------------------------------------------------------------------------------------- measurement
 
 
-def title(results: Results) -> str:
-    """The head of table and picture."""
-    against = f" and the {teacher_name(results)}" if results[TEACHER] else ""
-    return f"Linear probes of the student{against} on {results['table']['name']}"
+def measure_protocol(
+    protocol: str, datasets: dict[str, Dataset], models: dict[str, Embedder], config: Config, problems: list[str]
+) -> Results:
+    """One section of the results: every dataset, by each split that it wants. Only its main one counts in the mean."""
+    probe = PAPER if protocol == PAPER else config.probe
+    entries: list[Results] = []
+    main: dict[str, Measured] = {}
+    for label, dataset in datasets.items():
+        try:
+            embeddings, unread = embed_dataset(dataset, models, protocol, config)
+        except DatasetError as e:
+            problems.append(f"{label}: {e}")
+            continue
+        if unread:
+            problems.append(f"{label}: {unread_in_words(unread, len(dataset.groups))}")
+        is_read = ~np.isin(np.arange(len(dataset.groups)), list(unread))
+        for split in dataset.split_names:
+            rows, tasks = rows_and_tasks(dataset, split, is_read)
+            found = measure(tasks, rows, embeddings, probe, config.seed, config.workers)
+            is_main = split == dataset.split_names[0]
+            if is_main:
+                main[label] = found
+            entries.append(
+                {
+                    "name": dataset.name,
+                    "label": label if is_main else f"{label}, {split}",
+                    "title": dataset.title,
+                    "split": split_in_words(dataset, split),
+                    "tasks": found.entries,
+                    "mean": mean_entry(found.draws),
+                }
+            )
+    for entry in entries:
+        problems += problems_in(entry, probe)
+    draws = merged(main)
+    complete = {name: of for name, of in draws.items() if published.is_complete(name)}
+    return {
+        "text": text_of(protocol, datasets),
+        "probe": probe,
+        "datasets": entries,
+        "mean": mean_entry(draws),
+        "complete_mean": mean_entry(complete) if complete.keys() != draws.keys() else None,
+    }
 
 
-def conclusion(results: Results) -> str:
-    """'the student keeps 97.1 % [94.0, 99.8] of the teacher's mAP (0.842 of 0.867)'"""
-    ap, retained = results["mean"]["ap"], results["mean"]["retained_percent"]
-    if retained is None:
-        return f"the student has an mAP of {cell(ap[STUDENT], 3)}; what it keeps of a teacher was not measured"
-    share = "{value:.1f} % [{low:.1f}, {high:.1f}]".format(**retained)
-    values = f"{ap[STUDENT]['value']:.3f} of {ap[TEACHER]['value']:.3f}"
-    return f"the student keeps {share} of the {teacher_name(results)}'s mAP ({values})"
+def text_of(protocol: str, datasets: dict[str, Dataset]) -> str:
+    """What is embedded, in words."""
+    if protocol not in ("event", PAPER):
+        return PROTOCOLS[protocol].text
+    by_place: dict[str, list[str]] = {}
+    for label, dataset in datasets.items():
+        by_place.setdefault(dataset.event, []).append(label)
+    return "; ".join(f"{', '.join(labels)}: {PROTOCOLS[f'event-{at}'].text}" for at, labels in by_place.items())
 
 
-def plot(results: Results, path: Path) -> None:
-    """Bars of the AP of each task and of the mean, a line over the 95 % interval, a tick at the share of positives."""
-    from matplotlib.figure import Figure  # no pyplot: nothing here needs a display
+def problems_in(dataset: Results, probe: str) -> list[str]:
+    """Tasks and classes that could not be measured, each with its reason."""
+    found = []
+    for entry in dataset["tasks"]:
+        where = f"{dataset['label']}, {entry['task']}"
+        if entry["problem"]:
+            found.append(f"{where}: not measurable with the probe {probe}: {entry['problem']}")
+        else:
+            found += [f"{where}: {name} is left out: {why}" for name, why in entry["left_out"].items()]
+    return found
 
-    mean = results["mean"]
-    entries = [*results["tasks"], {"task": f"mAP, {mean['num_tasks']} tasks", **mean}]
-    styles = {TEACHER: (teacher_name(results), "#8d99ae"), STUDENT: (STUDENT, "#0b7a75")}
-    models = [model for model in styles if results[model]]
-    height = 0.8 / len(models)
-    figure = Figure(figsize=(9, 2 + 0.5 * len(entries)), layout="constrained")
-    axes = figure.add_subplot()
-    measured = [(y, entry["ap"]) for y, entry in enumerate(entries) if not entry.get("problem")]
-    for i, model in enumerate(models):
-        name, colour = styles[model]
-        bars = [(y + height * (i - (len(models) - 1) / 2), ap[model]) for y, ap in measured]
-        axes.barh([y for y, _ in bars], [ap["value"] for _, ap in bars], height, color=colour, label=name)
-        for y, ap in bars:
-            axes.plot([ap["low"], ap["high"]], [y, y], color="black", linewidth=1)
-            axes.text(1.01, y, f"{ap['value']:.3f}", va="center", fontsize=8)
-    for y, task in enumerate(results["tasks"]):
-        if task["problem"]:
-            axes.text(0.01, y, f"not measurable: {task['problem']}", va="center", fontsize=8)
-    measurable = [(y, task["share_of_positives"]) for y, task in enumerate(results["tasks"]) if not task["problem"]]
-    rows, shares = np.array(measurable).T
-    axes.vlines(shares, rows - 0.4, rows + 0.4, color="#d1495b", label="share of positives: chance")
-    axes.axhline(len(entries) - 1.5, color="black", linewidth=0.6)  # between the tasks and their mean
-    axes.set_yticks(range(len(entries)), [entry["task"] for entry in entries])
-    axes.set_xlim(0, 1)
-    axes.set_ylim(len(entries) - 0.5, -0.5)
-    axes.set_xlabel("average precision (line: 95 % interval over groups)")
-    axes.set_title(f"{title(results)}\n{conclusion(results)}", loc="left", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    with atomic_write(path) as f:
-        figure.savefig(f, format="png", dpi=150)
+
+def data_in_words(dataset: Dataset) -> Results:
+    """What the table says of a dataset as a whole."""
+    grouped = f"{len(np.unique(dataset.groups))} {dataset.group_word}s, each on one side of every split"
+    if dataset.is_ungrouped:  # its own note says so, and how many rows: nothing here may say otherwise
+        grouped = f"not every row tells its {dataset.group_word}: rows of one may lie on both sides of a split"
+    copies = f"a sound that is in two groups ({COPY}) is left out of the second"
+    return {
+        "title": dataset.title,
+        "revision": dataset.revision,
+        "rows": len(dataset.groups),
+        "preprocessing": dataset.preprocessing,
+        "notes": [f"{grouped}; {copies}", *dataset.notes],
+    }
+
+
+def keep_best(results: Results, config: Config) -> str:
+    """Copy the student with the highest mAP into --out: the names in a run folder move on to other weights."""
+    mean = next(iter(results["protocols"].values()))["mean"]
+    if mean is None:
+        return "No checkpoint is the best: no binary task was measured."
+    best = max(models_of(results, STUDENT), key=lambda name: mean["models"][name]["metrics"]["ap"]["value"])
+    source = student_files(config)[best]
+    with atomic_write(config.out / checkpoint.BEST) as f:
+        f.write(Path(source).read_bytes())
+    return (
+        f"best.pt is a copy of {source}. It was chosen on these recordings, so its own numbers are a little too high."
+    )
 
 
 def main(config: Config) -> int:
     require_inputs(config)
-    demo.prepare(config.table)
     demo.prepare(config.teacher)
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # convolutions alone default to TF32, which is not float32
-    table = load_table(config.table)
-    models, sources = load_models(config)
-    print(f"embedding {len(table.audio)} recordings of {table.name}: {' and '.join(models)}")
-    embeddings, is_read, unreadable = embed(table, models, config)
+    problems: list[str] = []
+    datasets = load_datasets(config.dataset, problems)
+    models, facts = load_models(config)
+    sections = {
+        protocol: measure_protocol(protocol, datasets, models, config, problems)
+        for protocol in dict.fromkeys(config.protocol)
+    }
+    if not any(not entry["problem"] for s in sections.values() for d in s["datasets"] for entry in d["tasks"]):
+        raise UserError(f"nothing can be measured: {'; '.join(problems)}")
     results = {
-        "protocol": PROTOCOL,
         "config": asdict(config),
         "code": git_revision(),
-        **sources,
-        "table": {
-            "name": table.name,
-            "sha256": sha256(config.table),
-            "rows": len(is_read),
-            "unreadable": unreadable,
-            "groups": len(np.unique(table.groups[is_read])),
-            "has_folds": table.folds is not None,
-        },
-        **measure(table, is_read, embeddings, config.seed),
+        "models": facts,
+        "method": [],
+        "problems": list(dict.fromkeys(problems)),  # each protocol meets the same ones
+        "data": [data_in_words(dataset) for dataset in datasets.values()],
+        "protocols": sections,
     }
 
-    text = as_text(results)
+    if config.every_checkpoint:
+        results["method"].append(keep_best(results, config))
     write_json(config.out / "results.json", results)
-    with atomic_write(config.out / "table.md") as f:
-        f.write(text.encode())
-    plot(results, config.out / "student_vs_teacher.png")
-    print(f"wrote results.json, table.md and student_vs_teacher.png to {config.out}\n\n{text}", end="")
-    return 1 if any(task["problem"] for task in results["tasks"]) else 0
+    names = write_report(results, config.out)
+    print(f"wrote results.json, {', '.join(names)} to {config.out}\n\n{one_screen(results)}", end="")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

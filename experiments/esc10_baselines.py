@@ -19,6 +19,7 @@ five seeds. The paper does not say all of this: length of frames, number of band
 import argparse
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 from torchaudio.transforms import MFCC
 
+from hear_distill.eval_datasets import load_dataset
 from hear_distill.probes import masks_of, require_no_leak
-from hear_distill.tasks import Table, load_table
 
 PUBLISHED = {"k-NN": 0.667, "SVM": 0.675, "random forest": 0.727}
 RATE_HZ = 44_100
@@ -42,11 +43,11 @@ INNER_FOLDS = 4
 FOREST_TREES, FOREST_SEEDS = 500, 5
 
 
-def features_of(table: Table) -> np.ndarray:
-    """[r, 26]. Raises ValueError for a recording of another rate."""
+def features_of(sounds: Iterable[bytes | None]) -> np.ndarray:
+    """Compressed recordings -> [r, 26]. Raises ValueError for a recording of another rate."""
     mfcc = MFCC(RATE_HZ, NUM_MFCC, melkwargs={"n_fft": FRAME, "hop_length": HOP, "n_mels": NUM_MELS})
     rows = []
-    for data in table.audio:
+    for data in sounds:
         samples, rate_hz = soundfile.read(io.BytesIO(data or b""), dtype="float32", always_2d=True)
         if rate_hz != RATE_HZ:
             raise ValueError(f"a recording at {rate_hz} Hz, expected {RATE_HZ}")
@@ -70,34 +71,45 @@ def classifiers() -> dict[str, list[GridSearchCV | RandomForestClassifier]]:
     }
 
 
-def accuracies(features: np.ndarray, table: Table) -> dict[str, list[float]]:
-    """Accuracy by classifier in each of the table's folds."""
-    if table.folds is None:
-        raise ValueError(f"{table.name} has no column fold; the published numbers are for the published folds")
-    masks = masks_of(table.folds)
-    require_no_leak(table.groups, masks)
+def accuracies(
+    features: np.ndarray, labels: np.ndarray, groups: np.ndarray, folds: np.ndarray
+) -> dict[str, list[float]]:
+    """Accuracy by classifier in each of the folds. Raises Leak for a group in two of them."""
+    masks = masks_of(folds)
+    require_no_leak(groups, masks)
     found = {}
     for name, models in classifiers().items():
         found[name] = []
         for mask in masks:
             rights = []
             for model in models:
-                extra = {"groups": table.groups[~mask]} if isinstance(model, GridSearchCV) else {}
-                model.fit(features[~mask], table.labels[~mask], **extra)
-                rights.append((model.predict(features[mask]) == table.labels[mask]).mean())
+                extra = {"groups": groups[~mask]} if isinstance(model, GridSearchCV) else {}
+                model.fit(features[~mask], labels[~mask], **extra)
+                rights.append((model.predict(features[mask]) == labels[mask]).mean())
             found[name].append(float(np.mean(rights)))
     return found
 
 
+def read_table(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Features [r, 26], labels, groups and folds [r]. Raises ValueError for a table without a column fold."""
+    dataset = load_dataset(f"table={path}")
+    if "folds" not in dataset.splits:
+        raise ValueError(f"{dataset.name} has no column fold; the published numbers are for the published folds")
+    labels = np.empty(len(dataset.groups), dtype=object)
+    for name, task in dataset.tasks.items():
+        labels[task.labels] = name
+    features = features_of(data for _, data in dataset.read())
+    return features, labels.astype(str), dataset.groups, dataset.splits["folds"].parts
+
+
 def main(path: Path) -> None:
-    table = load_table(path)
-    found = accuracies(features_of(table), table)
+    found = accuracies(*read_table(path))
     print(f"{'':14} {'accuracy':>8} {'between folds':>14} {'published':>10}")
     for name, values in found.items():
         mean, deviation = np.mean(values), np.std(values, ddof=1)
         print(f"{name:14} {mean:8.1%} {deviation:14.1%} {PUBLISHED[name]:10.1%}")
     means = {name: float(np.mean(values)) for name, values in found.items()}
-    print(json.dumps({"rows": len(table.labels), "accuracy": means, "folds": found, "published": PUBLISHED}))
+    print(json.dumps({"accuracy": means, "folds": found, "published": PUBLISHED}))
 
 
 if __name__ == "__main__":

@@ -64,8 +64,6 @@ def load(place: Path | None) -> Dataset:
                 kind="binary",
                 labels=np.array([MURMUR.get(murmur) is True for murmur in murmurs], dtype=bool),
                 takes_part=np.array([MURMUR.get(murmur) is not None for murmur in murmurs], dtype=bool),
-                metric="f1",
-                positive="Present",
             )
         },
         read=lambda: read_sounds(list(sounds.values()), [[row] for row in range(len(sounds))]),

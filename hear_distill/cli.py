@@ -117,7 +117,7 @@ def _parse_flags(default: C, argv: Sequence[str]) -> C:
         with redirect_stderr(boxed):
             return tyro.cli(
                 type(default),
-                args=join_values(argv),
+                args=join_repeats(join_values(argv), default),
                 default=default,
                 description="",
                 config=(tyro.conf.FlagCreatePairsOff,),
@@ -152,3 +152,19 @@ def join_values(argv: Sequence[str]) -> list[str]:
         else:
             joined.append(argument)
     return joined
+
+
+def join_repeats(argv: Sequence[str], default: object) -> list[str]:
+    """`--checkpoint A --checkpoint B` as `--checkpoint A B`, for the fields that hold several: tyro takes the last."""
+    several = {"--" + name.replace("_", "-") for name, value in vars(default).items() if isinstance(value, tuple)}
+    others: list[str] = []
+    values: dict[str, list[str]] = {}
+    flag = ""
+    for argument in argv:
+        if argument.startswith("--"):
+            flag, separator, value = argument.partition("=")
+            if flag in several:
+                values.setdefault(flag, []).extend([value] if separator else [])
+                continue
+        (values[flag] if flag in several else others).append(argument)
+    return others + [word for flag, found in values.items() for word in (flag, *found)]

@@ -38,7 +38,6 @@ ANSWERS: dict[str, dict[str, bool | None]] = {
     "sex": {"male": True, "female": False, "other": None},
     "smoking": {"y": True, "yes": True, "true": True, "n": False, "no": False, "false": False},
 }
-POSITIVE = {"covid": "positive", "sex": "male", "smoking": "smoker"}
 COLUMNS = {
     "covid": ("covid_status",),
     "sex": ("gender", "sex"),
@@ -135,7 +134,7 @@ def _task(task: str, values: list[str], notes: list[str], problems: dict[str, st
         takes_part = (ages >= 0) & (ages <= MAX_AGE)
         if not takes_part.all():
             notes.append(f"age: {int((~takes_part).sum())} rows without an age between 0 and {MAX_AGE}")
-        return Task(kind="regression", labels=ages, takes_part=takes_part, metric="mae")
+        return Task(kind="regression", labels=ages, takes_part=takes_part)
     meaning = ANSWERS[task]
     found = [value.lower() for value in values]
     unasked = Counter(value for value in found if value == "" or (value in meaning and meaning[value] is None))
@@ -149,8 +148,6 @@ def _task(task: str, values: list[str], notes: list[str], problems: dict[str, st
         kind="binary",
         labels=np.array([meaning.get(value) is True for value in found], dtype=bool),
         takes_part=np.array([meaning.get(value) is not None for value in found], dtype=bool),
-        metric="ap",
-        positive=POSITIVE[task],
     )
 
 

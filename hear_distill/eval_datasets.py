@@ -67,5 +67,5 @@ def load_labelled(place: Path | None) -> Dataset:
         tasks=one_against_the_rest(labels, everyone, {str(label): str(label) for label in np.unique(labels)}),
         read=lambda: rows.read(np.arange(len(labels))),
         splits=splits,
-        protocols=tuple(splits) or (GROUPED,),
+        split_names=tuple(splits) or (GROUPED,),
     )

@@ -1,6 +1,6 @@
 """Pictures of an evaluation, and all its files, from the dict that hear_distill/evaluation_report.py describes.
 
-out:  <out>/{table.md, student_vs_teacher.png, precision_recall.png, confusion.png}
+out:  <out>/{table.md, student_vs_teacher.png, precision_recall.png, confusion.png, protocols.png}
 """
 
 from collections.abc import Iterator
@@ -10,12 +10,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # no pyplot: nothing here needs a display
 
-from hear_distill.evaluation_report import TITLES, as_markdown, conclusion, model_name, models_of
+from hear_distill.evaluation_report import STUDENT, TITLES, as_markdown, conclusions, model_name, models_of, views
 from hear_distill.files import atomic_write
-from hear_distill.measure import STUDENT, TEACHER, Results
+from hear_distill.measure import TEACHER, Results
 
-COLOURS = {TEACHER: "#8d99ae", STUDENT: "#0b7a75"}
-BASELINE_COLOURS = ("#d9a441", "#9c6644", "#6d597a", "#b56576")
+# By role; several of one role take turns.
+COLOURS = {
+    TEACHER: ("#8d99ae",),
+    STUDENT: ("#0b7a75", "#3a86ff", "#8338ec", "#2b2d42", "#80b918", "#ff7096"),
+    "baseline": ("#d9a441", "#9c6644"),
+}
 CHANCE_COLOUR = "#d1495b"
 CURVE_COLUMNS = 3
 
@@ -33,16 +37,17 @@ def write_report(results: Results, out: Path) -> list[str]:
 
 
 def pictures(results: Results) -> dict[str, Figure]:
-    """File name -> figure; a kind of which there is nothing to see is left out."""
-    drawn = {"student_vs_teacher.png": bars(results), "precision_recall.png": curves(results)}
-    drawn["confusion.png"] = confusions(results)
+    """File name -> figure, of the main protocol; a kind of which there is nothing to see is left out."""
+    main = views(results)[0]
+    drawn = {"student_vs_teacher.png": bars(main), "precision_recall.png": curves(main)}
+    drawn |= {"confusion.png": confusions(main), "protocols.png": protocols(results)}
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
 def colour_of(results: Results, model: str) -> str:
     """The same in all pictures."""
-    baselines = [name for name in models_of(results) if name not in COLOURS]
-    return COLOURS.get(model) or BASELINE_COLOURS[baselines.index(model) % len(BASELINE_COLOURS)]
+    role = results["models"][model]["role"]
+    return COLOURS[role][models_of(results, role).index(model) % len(COLOURS[role])]
 
 
 def entries_of(results: Results, kind: str) -> Iterator[tuple[str, Results]]:
@@ -50,7 +55,32 @@ def entries_of(results: Results, kind: str) -> Iterator[tuple[str, Results]]:
     for dataset in results["datasets"]:
         for entry in dataset["tasks"]:
             if not entry["problem"] and entry["kind"] == kind:
-                yield f"{dataset['title']}: {entry['task']}", entry
+                yield f"{dataset['label']}: {entry['task']}", entry
+
+
+def protocols(results: Results) -> Figure | None:
+    """mAP of each model by protocol, with intervals; nothing where there is one protocol alone."""
+    measured = [view for view in views(results) if view["mean"]]
+    if len(measured) < 2:
+        return None
+    models = models_of(results)
+    width = 0.8 / len(models)
+    figure = Figure(figsize=(2 + 2 * len(measured), 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for i, model in enumerate(models):
+        found = [view["mean"]["models"][model]["metrics"]["ap"] for view in measured]
+        at = np.arange(len(measured)) + width * (i - (len(models) - 1) / 2)
+        values = [ap["value"] for ap in found]
+        colour, name = colour_of(results, model), model_name(results, model)
+        axes.bar(at, values, width, color=colour, label=name)
+        for x, ap in zip(at, found, strict=True):
+            axes.plot([x, x], [ap["low"], ap["high"]], color="black", linewidth=1)
+            axes.text(x, 0.01, f"{ap['value']:.3f}", ha="center", rotation=90, color="white", fontsize=8)
+    axes.set_xticks(range(len(measured)), [view["protocol"] for view in measured])
+    axes.set(ylim=(0, 1), ylabel="mAP; line: 95 % interval over groups")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    return figure
 
 
 def bars(results: Results) -> Figure | None:
@@ -68,7 +98,8 @@ def bars(results: Results) -> Figure | None:
         return None
     if results["mean"]:
         mean = results["mean"]
-        rows.append((f"mAP, {len(mean['tasks'])} tasks", {m: of["ap"] for m, of in mean["models"].items()}, {}))
+        of_models = {model: of["metrics"]["ap"] for model, of in mean["models"].items()}
+        rows.append((f"mAP, {len(mean['tasks'])} tasks", of_models, {}))
     models = models_of(results)
     height = 0.8 / len(models)
     figure = Figure(figsize=(10, 2 + 0.5 * len(rows)), layout="constrained")
@@ -88,7 +119,7 @@ def bars(results: Results) -> Figure | None:
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     lowest = min(of[model]["low"] for _, of, _ in rows for model in models)
     axes.set(xlim=(min(0, lowest), 1), ylim=(len(rows) - 0.5, -0.5), xlabel="line: 95 % interval over groups")
-    axes.set_title(conclusion(results), loc="left", fontsize=10)
+    axes.set_title("\n".join(conclusions(results)), loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure

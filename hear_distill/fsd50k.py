@@ -169,7 +169,7 @@ def _assemble(ids: list[str], read: Callable, truth: Truth, revision: str) -> Da
         tasks=tasks,
         read=lambda: read(kept),
         splits={"official": Split(kind="holdout", parts=np.array([truth.parts[clip] for clip in clips], dtype=str))},
-        protocols=("official",),
+        split_names=("official",),
         notes=notes,
         problems=problems,
     )
@@ -199,7 +199,7 @@ def _tasks(clips: list[str], truth: Truth) -> tuple[dict[str, Task], dict[str, s
             )
             continue
         is_positive = np.array([label in truth.labels[clip] for clip in clips], dtype=bool)
-        tasks[title] = Task(kind="binary", labels=is_positive, takes_part=takes_part, metric="ap", positive=label)
+        tasks[title] = Task(kind="binary", labels=is_positive, takes_part=takes_part)
     return tasks, problems
 
 

@@ -20,9 +20,10 @@ from hear_distill.ensemble import ENSEMBLE, FAMILIES, RANDOM_PROBES, classifier_
 from hear_distill.neighbours import neighbour_votes
 from hear_distill.paper_probe import by_participant, fit_paper_classifier, fit_paper_ridge
 from hear_distill.probes import Fit, NotMeasurable, class_scores, fit_ridge, scores_of_masks
-from hear_distill.splits import SEEDS, Plan, Rows, Task, draw_columns, plan_of
+from hear_distill.splits import SEEDS, Plan, Rows, draw_columns, plan_of
+from hear_distill.tasks import Task
 
-STUDENT, TEACHER = "student", "teacher"
+TEACHER = "teacher"  # the name of the embeddings that others are compared with
 PAPER = "paper"
 PROBES = (*FAMILIES, ENSEMBLE, PAPER)
 PRIMARY = {"binary": "ap", "multiclass": "macro_f1", "regression": "spearman"}
@@ -130,12 +131,17 @@ def entry_of(
     """Scores by model and seed, weights [d, n] -> the entry of a task, and its draws by model."""
     of_scored = weights[:, plan.rows[plan.is_scored]]
     of_models = {model: draws_over_seeds(plan, of_seeds, of_scored, probe) for model, of_seeds in scores.items()}
+    means = {model: _mean_over_seeds(of_seeds) for model, of_seeds in of_models.items()}
     models = {
-        model: {**_summary(of_models[model]), **details(plan, scores[model]), **_nearest(plan, features)}
+        model: {
+            **_summary(of_models[model]),
+            **shares(plan.kind, means, model),
+            **details(plan, scores[model]),
+            **_nearest(plan, features),
+        }
         for model, features in embeddings.items()
     }
-    means = {model: _mean_over_seeds(of_seeds) for model, of_seeds in of_models.items()}
-    return {**_counts(plan), "problem": None, "models": models, **shares(plan.kind, means)}, means
+    return {**_counts(plan), "problem": None, "primary": PRIMARY[plan.kind], "models": models}, means
 
 
 def _weights(plans: list[Plan], groups: np.ndarray, seed: int) -> np.ndarray:
@@ -267,14 +273,14 @@ def _counts(plan: Plan) -> Results:
     return counts
 
 
-def shares(kind: str, means: Mapping[str, Draws]) -> Results:
-    """Paired shares of the teacher's value that the student keeps; None without a teacher or where it has none."""
-    found: Results = {"primary": PRIMARY[kind], "retained_percent": None, "above_chance_percent": None}
-    if {STUDENT, TEACHER} <= means.keys():
-        student, teacher = means[STUDENT], means[TEACHER]
-        found["retained_percent"] = _as_dict(retained_percent(student[PRIMARY[kind]], teacher[PRIMARY[kind]]))
+def shares(kind: str, means: Mapping[str, Draws], model: str) -> Results:
+    """Paired shares of the teacher's value that a model keeps; None for itself, without it, or where it has none."""
+    found: Results = {"retained_percent": None, "above_chance_percent": None}
+    if TEACHER in means and model != TEACHER:
+        one, teacher = means[model], means[TEACHER]
+        found["retained_percent"] = _as_dict(retained_percent(one[PRIMARY[kind]], teacher[PRIMARY[kind]]))
         if kind == "binary":
-            share = retained_percent(student["auroc"], teacher["auroc"], CHANCE_AUROC)
+            share = retained_percent(one["auroc"], teacher["auroc"], CHANCE_AUROC)
             found["above_chance_percent"] = _as_dict(share)
     return found
 
@@ -293,8 +299,14 @@ def mean_entry(draws: Mapping[str, Mapping[str, Draws]]) -> Results | None:
     models = next(iter(draws.values())).keys()
     names = ("ap", "auroc", "balanced_accuracy", "f1")
     means = {m: {name: np.mean([of[m][name] for of in draws.values()], axis=0) for name in names} for m in models}
-    found = {model: {name: interval(values)._asdict() for name, values in of.items()} for model, of in means.items()}
-    return {"tasks": list(draws), "models": found, **shares("binary", means)}
+    found = {
+        model: {
+            "metrics": {name: interval(values)._asdict() for name, values in of.items()},
+            **shares("binary", means, model),
+        }
+        for model, of in means.items()
+    }
+    return {"tasks": list(draws), "models": found}
 
 
 def merged(by_dataset: Mapping[str, Measured]) -> dict[str, dict[str, Draws]]:

@@ -13,10 +13,12 @@ from typing import Any, Literal
 
 import numpy as np
 from scipy.special import expit
+from sklearn import config_context
 from sklearn.linear_model import LogisticRegression, Ridge, SGDClassifier
 from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 from threadpoolctl import threadpool_limits
 
+from hear_distill.metrics import auroc, once
 from hear_distill.probes import NotMeasurable, require_groups
 
 STRENGTHS = np.logspace(-5, 5, 50)
@@ -26,19 +28,16 @@ FOLD_SEED, FIT_SEED = 43, 42
 
 @dataclass(frozen=True)
 class PaperProbe:
-    """A search, refitted on all rows with the best strength."""
+    """Fitted on all rows with the strength that the search found best."""
 
-    search: GridSearchCV
-
-    @property
-    def strength(self) -> float:
-        """alpha of SGD and ridge, C of logistic regression; these are inverse scales."""
-        return next(iter(self.search.best_params_.values()))
+    model: SGDClassifier | LogisticRegression | Ridge
+    strength: float
+    """alpha of SGD and ridge, C of logistic regression; these are inverse scales"""
 
     def decision_function(self, features: np.ndarray) -> np.ndarray:
         """[n, D] -> [n] log-odds, or the predicted quantity."""
-        is_classifier = hasattr(self.search.best_estimator_, "decision_function")
-        return self.search.decision_function(features) if is_classifier else self.search.predict(features)
+        is_classifier = hasattr(self.model, "decision_function")
+        return self.model.decision_function(features) if is_classifier else self.model.predict(features)
 
 
 @threadpool_limits.wrap(limits=1, user_api="blas")
@@ -50,8 +49,19 @@ def fit_paper_classifier(
     sgd = SGDClassifier(loss="log_loss", class_weight="balanced", max_iter=10**6, tol=1e-3, random_state=FIT_SEED)
     logistic = LogisticRegression(class_weight="balanced", max_iter=10**7)
     model, name = (sgd, "alpha") if solver == "sgd" else (logistic, "C")
-    splits = participant_folds(groups, is_positive)
-    return PaperProbe(GridSearchCV(model, {name: STRENGTHS}, scoring="roc_auc", cv=splits).fit(features, is_positive))
+    aurocs = np.zeros((len(STRENGTHS), NUM_FOLDS))
+    # Not GridSearchCV: it finds the same, but its own work took three fifths of the time, 251 fits in all. For the same
+    # reason the numbers are checked once, not at each fit.
+    assert np.isfinite(features).all()
+    with config_context(assume_finite=True, skip_parameter_validation=True):
+        for fold, (fitted, scored) in enumerate(participant_folds(groups, is_positive)):
+            inside, outside, weights = features[fitted], features[scored], once(len(scored))
+            for i, strength in enumerate(STRENGTHS):
+                model.set_params(**{name: strength}).fit(inside, is_positive[fitted])
+                scores = model.decision_function(outside)
+                aurocs[i, fold] = auroc(is_positive[scored], scores, weights).item()
+        best = float(STRENGTHS[aurocs.mean(axis=1).argmax()])  # the first of equally good ones
+        return PaperProbe(model.set_params(**{name: best}).fit(features, is_positive), best)
 
 
 @threadpool_limits.wrap(limits=1, user_api="blas")
@@ -62,7 +72,8 @@ def fit_paper_ridge(features: np.ndarray, target: np.ndarray, groups: np.ndarray
     search = GridSearchCV(
         Ridge(), {"alpha": STRENGTHS}, scoring="neg_mean_absolute_error", cv=participant_folds(groups, None)
     )
-    return PaperProbe(search.fit(features, target))
+    search.fit(features, target)
+    return PaperProbe(search.best_estimator_, search.best_params_["alpha"])
 
 
 def participant_folds(groups: np.ndarray, is_positive: np.ndarray | None) -> list[tuple[Any, Any]]:

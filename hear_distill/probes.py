@@ -18,7 +18,6 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from hear_distill.bootstrap import NUM_DRAWS, draw_groups, interval  # noqa: F401, the evaluator looks for them here
 from hear_distill.files import UserError
 from hear_distill.metrics import average_precision, once
 
@@ -45,23 +44,6 @@ class Family(NamedTuple):
 
     path: Path
     strengths: tuple[float, ...]
-
-
-def task_folds(is_positive: np.ndarray, groups: np.ndarray, prescribed: np.ndarray | None, seed: int) -> np.ndarray:
-    """[n] the fold of each row: the prescribed ones, else NUM_FOLDS over groups, stratified for this task.
-
-    Raises:
-        NotMeasurable: the label, or its absence, is in fewer groups than there are folds; or outside some prescribed
-            fold in fewer than the two that the choice of a penalty takes.
-    """
-    num_folds = NUM_FOLDS if prescribed is None else len(np.unique(prescribed))
-    require_groups(is_positive, groups, num_folds, "")
-    if prescribed is None:
-        return grouped_folds(is_positive, groups, num_folds, seed)
-    for fold in np.unique(prescribed):
-        rest = prescribed != fold
-        require_groups(is_positive[rest], groups[rest], 2, f" outside fold {fold}")
-    return prescribed
 
 
 def count_groups(is_positive: np.ndarray, groups: np.ndarray) -> tuple[int, int]:
@@ -210,13 +192,6 @@ def scores_of_masks(
         probe = fit(features[~mask], target[~mask], groups[~mask])
         scores[mask] = probe.decision_function(features[mask])
     return scores
-
-
-def held_out_scores(
-    features: np.ndarray, is_positive: np.ndarray, groups: np.ndarray, folds: np.ndarray, fit: Fit
-) -> np.ndarray:
-    """[n, D] -> [n]: each row is scored once, by the probe that `fit` makes of all other folds."""
-    return scores_of_masks(features, is_positive, groups, masks_of(folds), fit)
 
 
 def class_scores(

@@ -37,8 +37,8 @@ class Protocol(NamedTuple):
     """each piece is resized to the image of a clip of 2 s"""
 
 
-def peak_start(samples: np.ndarray) -> int:
-    """Where the window of 2 s begins that has the loudest 50 ms in its middle, as far as the recording allows.
+def peak_middle(samples: np.ndarray) -> int:
+    """The sample in the middle of the loudest 50 ms.
 
     Loudest is the largest mean square of 50 ms, of which one begins every 10 ms; the first, if several are equal. Sums
     are of integers, so that this is the same on every machine.
@@ -46,8 +46,12 @@ def peak_start(samples: np.ndarray) -> int:
     energy = np.concatenate([[0], np.cumsum(samples.astype(np.int64) ** 2)])  # [n + 1]; 2^63 is 97 hours of full scale
     starts = np.arange(0, max(len(samples) - PEAK_SAMPLES, 0) + 1, PEAK_HOP_SAMPLES)
     ends = np.minimum(starts + PEAK_SAMPLES, len(samples))
-    loudest = int(starts[np.argmax(energy[ends] - energy[starts])])
-    return _inside(loudest + (PEAK_SAMPLES - CLIP_SAMPLES) // 2, samples)
+    return int(starts[np.argmax(energy[ends] - energy[starts])]) + PEAK_SAMPLES // 2
+
+
+def peak_start(samples: np.ndarray) -> int:
+    """Where the window of 2 s begins that has the loudest 50 ms in its middle, as far as the recording allows."""
+    return _inside(peak_middle(samples) - CLIP_SAMPLES // 2, samples)
 
 
 def centre_start(samples: np.ndarray) -> int:

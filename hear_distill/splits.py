@@ -5,11 +5,11 @@ n rows of the dataset   m rows that take part   C classes
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 
 from hear_distill.probes import NUM_FOLDS, NotMeasurable, grouped_folds, masks_of, require_groups, require_no_leak
+from hear_distill.tasks import Task
 
 NEEDED_GROUPS = 2  # of each kind on each side of an official split: fewer allow neither a search nor a draw
 SEEDS = 5  # of what is random
@@ -29,16 +29,6 @@ class Rows:
     def __post_init__(self) -> None:
         if self.folds is not None and self.is_test is not None:
             raise ValueError("folds and is_test are two splits, expected one")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """One question; `target` is [n] bool, text or float by kind, and means nothing where a row takes no part."""
-
-    kind: Literal["binary", "multiclass", "regression"]
-    target: np.ndarray
-    takes_part: np.ndarray
-    """[n] bool: labelled, and its embedding is finite"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +71,8 @@ def plan_of(task: Task, rows: Rows, seed: int) -> Plan:
     kept = np.flatnonzero(task.takes_part)
     require_no_leak(rows.groups[kept], _prescribed(kept, rows) or [])
     if task.kind == "multiclass":
-        return _multiclass_plan(task.target, kept, rows, seed)
-    target, groups = task.target[kept], rows.groups[kept]
+        return _multiclass_plan(task.labels, kept, rows, seed)
+    target, groups = task.labels[kept], rows.groups[kept]
     if task.kind == "binary":
         target = target.astype(bool)
         _require_both_kinds(target, kept, rows)

@@ -48,7 +48,10 @@ FLAGS = {
         *("schedule.shape", "schedule.peak", "schedule.total-samples"),
         *("schedule.warmup-samples", "schedule.decay-samples"),
     },
-    EVALUATION: {"checkpoint", "teacher", "table", "out", "device", "batch-size", "seed"},
+    EVALUATION: {
+        *("checkpoint", "every-checkpoint", "output", "teacher", "baseline", "dataset", "protocol", "probe"),
+        *("out", "cache", "device", "batch-size", "workers", "seed"),
+    },
     BENCHMARK: {
         *("checkpoint", "size", "teacher", "batch-sizes", "threads", "repeats", "limit-s", "device", "out"),
     },
@@ -138,6 +141,24 @@ def test_a_flag_overrides_a_single_field_of_the_preset_that_the_word_names(toy):
 def test_an_action_runs_instead_of_the_stage_and_its_result_is_the_exit_code(toy, tmp_path):
     assert toy("count", "--num-rounds", "3") == (1, "counted to 3\n", "")
     assert list(tmp_path.iterdir()) == []
+
+
+@dataclass(frozen=True)
+class Several:
+    """Flags of which one holds several values."""
+
+    name: tuple[str, ...] = ("old",)
+    """of a thing"""
+    size: int = 1
+    """of it"""
+
+
+def test_a_flag_of_several_values_may_repeat_and_replaces_its_default(tmp_path, monkeypatch):
+    found = []
+    for flags in ("", "--name a --size 2 --name=b=c", "--name a b", "--name a --name b --size 3"):
+        monkeypatch.setattr(sys, "argv", ["toy.py", *flags.split()])
+        ended(lambda: cli.run(found.append, {"only": Several()}, "Toy."), "utf-8")
+    assert found == [Several(), Several(("a", "b=c"), 2), Several(("a", "b")), Several(("a", "b"), 3)]
 
 
 MISTAKES = {

@@ -10,7 +10,7 @@ from lookalikes import audio_column, positives, sound, sounds_of, write_parquet
 
 from hear_distill.audio import decode
 from hear_distill.eval_datasets import load_dataset
-from hear_distill.tasks import GROUPED, NO_AUDIO, TEST, TRAIN, Dataset, DatasetError, Split, Task, band_passed
+from hear_distill.tasks import NO_AUDIO, DatasetError, band_passed
 
 
 def write_labelled(path, **columns):
@@ -30,7 +30,7 @@ def test_a_table_of_anyones_gives_one_task_per_label_and_its_folds(tmp_path):
         "cough": [0, 2, 4, 6, 8, 10],
         "sneeze": [1, 3, 5, 7, 9, 11],
     }
-    assert dataset.protocols == ("folds",) and dataset.splits["folds"].parts.tolist() == list("000011112222")
+    assert dataset.split_names == ("folds",) and dataset.splits["folds"].parts.tolist() == list("000011112222")
     assert np.array_equal(sounds_of(dataset)[7], decode(sound(7)))
 
 
@@ -50,13 +50,6 @@ def test_a_table_that_cannot_be_used_is_refused_with_what_was_found(tmp_path, co
     path = write_labelled(tmp_path / "t.parquet", **columns)
     with pytest.raises(DatasetError, match=message):
         load_dataset(f"table={path}")
-
-
-def test_a_label_of_fewer_groups_than_folds_is_named_and_the_others_stay(tmp_path):
-    path = write_labelled(tmp_path / "t.parquet", label=["rare"] * 2 + ["cough", "sneeze"] * 5)
-    dataset = load_dataset(f"table={path}")
-
-    assert dataset.problems_of(GROUPED) == {"rare": "rare: in 1 groups, expected 5 or more"}
 
 
 def test_a_sound_that_cannot_be_read_is_named_and_the_others_are_given(tmp_path):
@@ -173,32 +166,3 @@ def test_a_band_pass_keeps_its_band_in_its_place_and_removes_the_rest():
     middle = slice(8_000, 24_000)
     assert np.abs(filtered[middle] - inside[middle]).max() < 0.002
     assert band_passed(samples[:1], (25.0, 400.0)).shape == (1,)
-
-
-def binary(is_positive: list[bool]) -> Task:
-    everyone = np.ones(len(is_positive), bool)
-    return Task(kind="binary", labels=np.array(is_positive), takes_part=everyone, metric="ap", positive="x")
-
-
-def test_a_holdout_needs_a_class_in_two_groups_to_train_on_and_in_one_to_be_tested_on():
-    def dataset(is_positive: list[bool]) -> Dataset:
-        return Dataset(
-            name="d",
-            title="d",
-            revision="r",
-            event="peak",
-            group_word="person",
-            groups=np.array(list("abcdef")),
-            tasks={"t": binary(is_positive)},
-            read=lambda: iter(()),
-            splits={"official": Split(kind="holdout", parts=np.array([TRAIN] * 4 + [TEST] * 2))},
-            protocols=("official",),
-        )
-
-    assert dataset([True, True, False, False, True, False]).problems_of("official") == {}
-    assert dataset([True, False, False, False, True, False]).problems_of("official") == {
-        "t": "x: in 1 persons to train on, expected 2 or more"
-    }
-    assert dataset([True, True, False, False, False, False]).problems_of("official") == {
-        "t": "x: in 0 persons to be tested on, expected 1 or more"
-    }

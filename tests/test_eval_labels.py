@@ -8,6 +8,8 @@ from lookalikes import VIDEOS, positives, sound, sounds_of
 from hear_distill.audio import decode
 from hear_distill.eval_datasets import load_dataset
 from hear_distill.flusense import recording_of
+from hear_distill.probes import NotMeasurable
+from hear_distill.splits import Rows, plan_of
 from hear_distill.tasks import GROUPED, TEST, TRAIN, DatasetError, band_passed
 
 # FSD50K
@@ -22,10 +24,10 @@ def test_fsd50k_is_fitted_on_train_and_val_and_tested_on_eval_with_uploaders_as_
     dataset = load_dataset(f"fsd50k={archives}")
 
     clips = sorted(lookalikes.fsd50k_clips(), key=lambda clip: clip["part"] == "eval")  # as the folders are read
-    assert dataset.protocols == ("official",) and dataset.event == "peak" and not dataset.is_ungrouped
+    assert dataset.split_names == ("official",) and dataset.event == "peak" and not dataset.is_ungrouped
     assert dataset.splits["official"].parts.tolist() == [TEST if c["part"] == "eval" else TRAIN for c in clips]
     assert dataset.groups.tolist() == [c["uploader"] for c in clips]
-    assert dataset.problems_of("official") == {} and dataset.notes == []
+    assert dataset.problems == {} and dataset.notes == []
     assert [len(samples) for samples in sounds_of(dataset)] == [4000] * 70
 
 
@@ -113,7 +115,7 @@ def test_flusense_labels_lose_blanks_and_capitals_and_rows_of_one_video_are_one_
             i for i, (raw, _) in enumerate(kept) if raw.strip().lower() == label
         ]
     assert dataset.notes == ["6 intervals without a label are left out"]
-    assert dataset.problems_of(GROUPED) == {} and not dataset.is_ungrouped
+    assert dataset.problems == {} and not dataset.is_ungrouped
 
 
 def test_flusense_labels_may_be_numbers_of_classes(tmp_path):
@@ -244,7 +246,8 @@ def test_a_regression_needs_as_many_groups_that_answered_as_there_are_folds(tmp_
     ages = [20, 21, 22, 23] + [None] * 10
     dataset = load_dataset(f"coswara={lookalikes.write_coswara(tmp_path / 'audio.parquet', age=ages)}")
 
-    assert dataset.problems_of(GROUPED)["age"] == "a number: in 4 participants, expected 5 or more"
+    with pytest.raises(NotMeasurable, match="4 groups with 4 values, at least 5 of each needed"):
+        plan_of(dataset.tasks["age"], Rows(groups=dataset.groups), 0)
 
 
 # ICBHI
@@ -259,8 +262,9 @@ def test_icbhi_rows_are_cycles_with_the_diagnosis_of_their_patient(tmp_path, dia
     assert dataset.groups.tolist() == [patient for patient in patients for _ in range(6)]
     assert task.labels.tolist() == [lookalikes.ICBHI_PATIENTS[patient] for patient in dataset.groups]
     assert task.takes_part.tolist() == [label not in ("Asthma", "LRTI") for label in task.labels]
-    assert dataset.problems_of(GROUPED) == {"diagnosis: Pneumonia": "Pneumonia: in 1 patients, expected 5 or more"}
-    assert dataset.protocols == (GROUPED, "official")
+    plan = plan_of(task, Rows(groups=dataset.groups), 0)
+    assert plan.left_out == {"Pneumonia": "groups that hold this label: 1, at least 5 needed"}
+    assert dataset.split_names == (GROUPED, "official")
 
 
 def test_icbhi_sounds_are_filtered_as_a_whole_and_then_cut(tmp_path):
@@ -316,7 +320,7 @@ def test_icbhi_without_its_split_has_the_grouped_protocol_and_says_how_to_fetch_
     (folder / "ICBHI_challenge_train_test.txt").unlink()
     dataset = load_dataset(f"icbhi={folder}")
 
-    assert dataset.protocols == (GROUPED,)
+    assert dataset.split_names == (GROUPED,)
     assert any(note.startswith("no official split: curl -LO https://bhichallenge") for note in dataset.notes)
 
 
@@ -333,7 +337,7 @@ def test_circor_murmurs_are_those_of_the_patient_and_two_numbers_of_one_patient_
     assert (~dataset.tasks["murmur"].takes_part).nonzero()[0].tolist() == [
         i for i, n in enumerate(numbers) if n == 50_004
     ]
-    assert dataset.tasks["murmur"].metric == "f1" and dataset.problems_of(GROUPED) == {}
+    assert plan_of(dataset.tasks["murmur"], Rows(groups=dataset.groups), 0).kind == "binary"
 
 
 def test_circor_sounds_are_the_annotated_span_or_whole_without_annotation(tmp_path):
@@ -350,4 +354,5 @@ def test_an_unknown_murmur_is_named(tmp_path):
 
     expected = "unknown; its 2 recordings do not take part; expected Present, Absent, Unknown"
     assert dataset.problems == {"murmur 'Presnt'": expected}
-    assert dataset.problems_of(GROUPED)["murmur"] == "Present: in 4 patients, expected 5 or more"
+    with pytest.raises(NotMeasurable, match="groups that hold this label: 4, at least 5 needed"):
+        plan_of(dataset.tasks["murmur"], Rows(groups=dataset.groups), 0)

@@ -1,31 +1,30 @@
-"""The evaluator: as a command on a tiny table, and its parts on models whose embedding is known."""
+"""The evaluator: as a command on tiny tables and look-alikes of real datasets."""
 
-import hashlib
 import io
 import json
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import lookalikes
 import numpy as np
 import pyarrow
 import pytest
 import soundfile
 import torch
 from pyarrow import parquet
-from torch import nn
 
 import evaluate_distilled_hear as evaluate
-from hear_distill import checkpoint, cli, probes
+from hear_distill import checkpoint, cli, ensemble, measure, splits
 from hear_distill.files import UserError
-from hear_distill.frontend import MelPcen
+from hear_distill.probes import Family, logistic_path
 from hear_distill.student import Student, StudentConfig
-from hear_distill.tasks import Table
-from hear_distill.teacher import save_stand_in
+from hear_distill.tasks import COPY
+from hear_distill.teacher import TeacherError, save_stand_in
 
 SCRIPT = Path(evaluate.__file__)
+TIMEOUT_S = 250
 
 
 def flac(seconds: float, hz: float, seed: int) -> bytes:
@@ -38,9 +37,10 @@ def flac(seconds: float, hz: float, seed: int) -> bytes:
 
 
 def write_tiny_table(path: Path) -> None:
-    """19 rows in 10 groups and 2 folds: two labels, one with a single group, and a row that is no audio."""
+    """20 rows in 11 groups and 2 folds: two labels, one in a single group, a row that is no audio, and a copy."""
     rows = [(f"tone {1 + i % 2}", i // 2, flac(1 + i / 8, 900 + 1500 * (i % 2), seed=i)) for i in range(16)]
     rows += [("rare", 8, flac(2, 5000, seed=16)), ("rare", 8, flac(2, 5000, seed=17)), ("tone 1", 9, b"no audio")]
+    rows += [("tone 1", 10, rows[0][2])]
     columns = {
         "audio": [{"bytes": data, "path": None} for _, _, data in rows],
         "label": [label for label, _, _ in rows],
@@ -50,193 +50,247 @@ def write_tiny_table(path: Path) -> None:
     parquet.write_table(pyarrow.table(columns), path)
 
 
+def save_student(folder: Path, seed: int) -> None:
+    config = StudentConfig(width=24, blocks=1, heads=3, mlp_width=48)
+    torch.manual_seed(seed)
+    checkpoint.save(folder, {"student_config": asdict(config), "student": Student(config).state_dict()})
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A table, a student and a stand-in teacher, all tiny and untrained."""
+    """A table, two students and a stand-in teacher, all tiny and untrained."""
     folder = tmp_path_factory.mktemp("evaluate")
     write_tiny_table(folder / "tiny.parquet")
-    config = StudentConfig(width=24, blocks=1, heads=3, mlp_width=48)
-    torch.manual_seed(0)
-    checkpoint.save(folder, {"student_config": asdict(config), "student": Student(config).state_dict()})
+    save_student(folder, seed=1)
+    save_student(folder, seed=0)  # the first is previous.pt now
     save_stand_in(folder / "teacher", seed=0)
     return folder
 
 
 @pytest.fixture(scope="module")
 def finished(folder) -> subprocess.CompletedProcess[str]:
-    flags = "--checkpoint latest.pt --teacher teacher --table tiny.parquet --out out --device cpu --batch-size 7"
+    flags = "--checkpoint latest.pt --teacher teacher --dataset table=tiny.parquet --dataset table=absent.parquet "
+    flags += "--baseline logmel --baseline=mfcc --protocol squeeze --protocol event --out out --cache cache"
+    flags += " --device cpu --batch-size 7 --workers 1"
     return subprocess.run(
-        [sys.executable, SCRIPT, *flags.split()], cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, SCRIPT, *flags.split()],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=TIMEOUT_S,
     )
 
 
-def test_the_command_writes_its_three_files_and_says_by_its_exit_code_that_a_label_is_too_rare(folder, finished):
+@pytest.fixture(scope="module")
+def results(folder, finished) -> dict:
     assert finished.returncode == 1, finished.stderr
-    assert sorted(path.name for path in (folder / "out").iterdir()) == [
-        "results.json",
-        "student_vs_teacher.png",
-        "table.md",
-    ]
-    assert (folder / "out" / "table.md").read_text() in finished.stdout
-    assert (folder / "out" / "student_vs_teacher.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((folder / "out" / "results.json").read_text())
 
 
-def test_results_json_names_what_was_compared_and_holds_every_number(folder, finished):
-    results = json.loads((folder / "out" / "results.json").read_text())
+def test_the_command_writes_its_files_and_prints_one_screen(folder, finished, results):
+    names = {path.name for path in (folder / "out").iterdir()}
+    pictures = {"student_vs_teacher.png", "precision_recall.png", "protocols.png"}
+    assert names == {"results.json", "table.md", *pictures}
+    assert all((folder / "out" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    screen = finished.stdout.split("\n\n", 1)[1].splitlines()
+    assert len(screen) <= 24 and screen[-1].startswith("the student keeps ")
+    assert any(line.startswith("| tiny.parquet: mAP, 2 tasks") for line in screen)
 
-    assert results["student"]["sha256"] == hashlib.sha256((folder / "latest.pt").read_bytes()).hexdigest()
-    assert results["table"]["sha256"] == hashlib.sha256((folder / "tiny.parquet").read_bytes()).hexdigest()
-    weights = hashlib.sha256((folder / "teacher" / "model.safetensors").read_bytes()).hexdigest()
-    assert results["teacher"] == {"name": "teacher", "revision": f"sha256:{weights}", "is_stand_in": True}
-    assert results["config"]["seed"] == 0 and results["config"]["table"] == "tiny.parquet"
-    assert (results["table"]["rows"], results["table"]["unreadable"]) == (19, {"undecodable": 1})
 
-    tasks = {task["task"]: task for task in results["tasks"]}
-    assert {name: (task["positives"], task["groups"]) for name, task in tasks.items()} == {
-        "rare": (2, 1),
-        "tone 1": (8, 8),
-        "tone 2": (8, 8),
+def test_every_embedder_is_a_column_under_every_protocol(folder, results):
+    assert list(results["protocols"]) == ["squeeze", "event"]
+    for section in results["protocols"].values():
+        [dataset] = section["datasets"]
+        [rare, *tones] = dataset["tasks"]
+        assert all(entry["models"].keys() == {"student", "teacher", "logmel", "mfcc"} for entry in tones)
+        assert "groups that hold this label: 1" in rare["problem"] and "models" not in rare
+        for model, found in section["mean"]["models"].items():
+            values = [entry["models"][model]["metrics"]["ap"]["value"] for entry in tones]
+            assert found["metrics"]["ap"]["value"] == pytest.approx(np.mean(values))
+        of = section["mean"]["models"]
+        share = 100 * of["student"]["metrics"]["ap"]["value"] / of["teacher"]["metrics"]["ap"]["value"]
+        assert of["student"]["retained_percent"]["value"] == pytest.approx(share)
+    one, other = (section["datasets"][0]["tasks"] for section in results["protocols"].values())
+    assert all(one[1]["models"][model] != other[1]["models"][model] for model in one[1]["models"])
+    text = (folder / "out" / "table.md").read_text()
+    assert "## Protocols side by side" in text and "student, squeeze" in text and "stand-in teacher, event" in text
+
+
+def test_results_json_names_what_was_compared(results):
+    models = results["models"]
+    assert {name: facts["role"] for name, facts in models.items()} == {
+        "student": "student",
+        "teacher": "teacher",
+        "logmel": "baseline",
+        "mfcc": "baseline",
     }
-    assert "groups that hold this label: 1" in tasks["rare"]["problem"] and tasks["rare"]["ap"] == {}
-    for model in ("student", "teacher"):
-        values = [tasks[name]["ap"][model]["value"] for name in ("tone 1", "tone 2")]
-        assert results["mean"]["ap"][model]["value"] == pytest.approx(np.mean(values))
-    ap, retained = results["mean"]["ap"], results["mean"]["retained_percent"]
-    assert retained["value"] == pytest.approx(100 * ap["student"]["value"] / ap["teacher"]["value"])
-    assert retained["low"] <= retained["high"]
+    assert models["teacher"]["is_stand_in"] and models["student"]["spec"] == "latest.pt:trunk"
+    assert '"weights"' in models["student"]["fingerprint"] and "sha256:" in models["teacher"]["fingerprint"]
+    assert results["config"]["seed"] == 0 and results["config"]["dataset"][0] == "table=tiny.parquet"
+    assert results["data"][0]["revision"].startswith("files:") and results["data"][0]["rows"] == 20
+    assert results["protocols"]["event"]["text"].startswith("tiny.parquet: one window of 2 s around the loudest")
 
 
-def test_nobody_can_take_the_stand_in_for_hear(folder, finished):
+def test_bad_input_is_named_and_counted_and_the_rest_is_measured(folder, results):
+    unread, missing = f"2 of 20 rows are left out (undecodable: 1, {COPY}: 1), such as 18, 19", "no file absent.parquet"
+    problems = results["problems"]
+    assert len(problems) == 3
+    assert missing in problems[0] and unread in problems[1]
+    assert problems[2].startswith("tiny.parquet, rare: not measurable with the probe logistic: groups that hold this")
+    text = (folder / "out" / "table.md").read_text().split("## Problems")[1]
+    assert all(f"- {problem}\n" in text for problem in problems)
+
+
+def test_nobody_can_take_the_stand_in_for_hear(folder, finished, results):
     text = (folder / "out" / "table.md").read_text()
-    heading, _, header, *_ = text.splitlines()
-    assert "stand-in teacher" in heading and "stand-in teacher AP" in header
-    assert "] of the stand-in teacher's mAP (" in text.splitlines()[-1]
+    for shown in (text, finished.stdout.split("\n\n", 1)[1]):
+        assert "stand-in teacher" in shown
+        assert "teacher" not in shown.replace("stand-in teacher", "").replace("teacher's, draw by draw", "")
 
 
-def test_a_row_that_cannot_be_measured_or_read_is_named_in_the_report(folder, finished):
-    text = (folder / "out" / "table.md").read_text()
-    assert "Not measurable: rare, groups that hold this label: 1, at least 2 needed." in text
-    assert "Left out of 19 rows: undecodable: 1." in text
+def config_of(folder: Path, **changes: object) -> evaluate.Config:
+    """One protocol of one table, without a teacher, from the cache of the command if it holds it."""
+    given = {"checkpoint": (str(folder / "latest.pt"),), "teacher": "none", "device": "cpu", "workers": 1}
+    given |= {"dataset": (f"table={folder / 'tiny.parquet'}",), "protocol": ("event",), "out": folder / "again"}
+    return evaluate.Config(**(given | {"cache": folder / "cache"} | changes))
 
 
-class MeanAndSpread(nn.Module):
-    """Two numbers per window, neither of them linear in the sound."""
+def test_a_second_run_embeds_nothing_and_says_the_same(folder, results, capsys):
+    assert evaluate.main(config_of(folder, teacher=str(folder / "teacher"))) == 1
 
-    def forward(self, spectrogram: torch.Tensor) -> torch.Tensor:
-        """[B, 1, 192, 128] -> [B, 2]"""
-        return torch.stack([spectrogram.mean(dim=(1, 2, 3)), spectrogram.std(dim=(1, 2, 3))], dim=1)
-
-
-def table_of(audio: list[bytes]) -> Table:
-    names = np.array([str(row) for row in range(len(audio))])
-    return Table(name="t", audio=audio, labels=names, groups=names, folds=None)
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_an_embedding_is_the_mean_of_the_windows_of_its_own_row_and_broken_rows_are_counted(batch_size):
-    seconds = [2.0, 4.5, 0.3, 3.0]
-    sounds = [flac(length, 700 * (1 + i), seed=i) for i, length in enumerate(seconds)]
-    expected = []
-    for data in sounds:
-        samples = torch.tensor(soundfile.read(io.BytesIO(data), dtype="float32")[0])
-        last = max(0, len(samples) - 32_000)
-        cut = [samples[start : start + 32_000] for start in sorted({*range(0, last, 16_000), last})]
-        spectrograms = torch.cat([MelPcen()(window[None]) for window in cut])
-        expected.append(MeanAndSpread()(spectrograms).mean(dim=0).numpy())
-
-    table = table_of([sounds[0], b"", sounds[1], b"broken" * 99, sounds[2], sounds[3]])
-    config = evaluate.Config(device="cpu", batch_size=batch_size)
-    embeddings, is_read, unreadable = evaluate.embed(table, {"student": MeanAndSpread()}, config)
-
-    assert is_read.tolist() == [True, False, True, False, True, True]
-    assert unreadable == Counter({"undecodable": 2})
-    np.testing.assert_allclose(embeddings["student"], expected, rtol=1e-4)
+    assert "embedding" not in capsys.readouterr().out
+    again = json.loads((folder / "again" / "results.json").read_text())
+    first = results["protocols"]["event"]["datasets"][0]["tasks"]
+    for entry, other in zip(again["protocols"]["event"]["datasets"][0]["tasks"], first, strict=True):
+        for model, found in entry.get("models", {}).items():
+            assert found == other["models"][model]
+    assert again["problems"] == results["problems"][1:]  # why rows were not read is found again
 
 
-def test_a_table_that_is_mostly_unreadable_stops_the_evaluation():
-    table = table_of([flac(2, 700, seed=0), b"", b"1", b"2"])
-    with pytest.raises(UserError, match=r"3 of 4 rows of t are unreadable \(undecodable: 3\); expected WAV"):
-        evaluate.embed(table, {"student": MeanAndSpread()}, evaluate.Config(device="cpu"))
+def test_another_protocol_or_other_weights_are_not_taken_from_the_cache(folder, results, capsys):
+    evaluate.main(config_of(folder, checkpoint=(str(folder / "previous.pt"),)))
+    assert "event-peak: student\n" in capsys.readouterr().out
+    evaluate.main(config_of(folder, output="projection"))
+    assert "event-peak: student\n" in capsys.readouterr().out
 
 
-def test_a_model_that_gives_nan_stops_the_evaluation():
-    broken = nn.Sequential(MeanAndSpread(), nn.Linear(2, 2))
-    nn.init.constant_(broken[1].weight, float("nan"))
-    with pytest.raises(UserError, match="embeddings of the student are not finite"):
-        evaluate.embed(table_of([flac(2, 700, seed=0)]), {"student": broken}, evaluate.Config(device="cpu"))
+def test_all_checkpoints_of_a_run_are_scored_and_the_best_is_copied(folder, tmp_path, capsys):
+    (tmp_path / "best.pt").write_bytes((folder / "latest.pt").read_bytes())
+    (tmp_path / "old.pt").write_bytes((folder / "previous.pt").read_bytes())
+    (tmp_path / "same.pt").write_bytes((folder / "latest.pt").read_bytes())
+    out = tmp_path / "out"
+
+    assert evaluate.main(config_of(folder, checkpoint=(), every_checkpoint=tmp_path, out=out)) == 1
+
+    assert "same has the weights of another checkpoint" in capsys.readouterr().out
+    found = json.loads((out / "results.json").read_text())
+    models = found["protocols"]["event"]["mean"]["models"]
+    assert models.keys() == {"best", "old"}
+    best = max(models, key=lambda name: models[name]["metrics"]["ap"]["value"])
+    assert models["best"]["metrics"]["ap"] != models["old"]["metrics"]["ap"]
+    assert (out / "best.pt").read_bytes() == (tmp_path / f"{best}.pt").read_bytes()
+    assert "chosen on these recordings" in found["method"][0]
 
 
-@pytest.fixture
-def one_penalty(monkeypatch) -> None:
-    """Choosing among six is tested elsewhere and takes seconds."""
-    monkeypatch.setattr(probes, "PENALTIES", (0.1,))
+def test_the_paper_protocol_is_the_event_window_under_the_probe_of_the_authors(folder, monkeypatch):
+    asked = []
+
+    def recorded(tasks, rows, embeddings, probe, seed, workers):
+        asked.append((probe, embeddings["student"]))
+        return measure.measure(tasks, rows, embeddings, "logistic", seed, workers)
+
+    monkeypatch.setattr(evaluate, "measure", recorded)
+    evaluate.main(config_of(folder, protocol=("event", "paper"), probe="knn"))
+    assert [probe for probe, _ in asked] == ["knn", "paper"]
+    np.testing.assert_array_equal(asked[0][1], asked[1][1])
 
 
-def measured(embeddings: dict[str, np.ndarray]) -> dict:
-    """Results on 60 rows, two labels, 30 groups; the first feature of an embedding should tell the labels apart."""
-    groups = np.arange(60) // 2
-    labels = np.where(np.arange(60) % 3 == 0, "cough", "sneeze")
-    table = Table(name="t", audio=[], labels=labels, groups=groups.astype(str), folds=(groups % 3).astype(str))
-    results = evaluate.measure(table, np.ones(60, dtype=bool), embeddings, seed=0)
-    return {"student": {}, "teacher": {"is_stand_in": False} if "teacher" in embeddings else None, **results}
+def test_a_teacher_that_is_not_to_be_had_is_one_line_unless_it_was_asked_for(folder, monkeypatch, capsys):
+    load = evaluate.load_embedder
+
+    def unreachable(spec: str, device: str) -> object:
+        if spec in (evaluate.HEAR, "some/teacher"):
+            raise TeacherError("the hub cannot be reached\n  do something about it")
+        return load(spec, device)
+
+    monkeypatch.setattr(evaluate, "load_embedder", unreachable)
+    assert evaluate.main(config_of(folder, teacher="auto")) == 1
+    printed = capsys.readouterr().out
+    assert "the teacher is not measured: the hub cannot be reached\n" in printed
+    assert "what it keeps of a teacher was not measured" in printed
+    with pytest.raises(TeacherError):
+        evaluate.main(config_of(folder, teacher="some/teacher"))
 
 
-def features(noise: float) -> np.ndarray:
-    rng = np.random.default_rng(0)
-    return rng.normal(0, noise, (60, 3)) + np.where(np.arange(60) % 3 == 0, 1, 0)[:, None] * [1, 0, 0]
+def test_look_alikes_of_real_datasets_go_through_side_by_side(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(ensemble.FAMILIES, "logistic", Family(logistic_path, (0.1,)))  # the search is tested elsewhere
+    monkeypatch.setattr(splits, "SEEDS", 2)
+    monkeypatch.setattr(measure, "SEEDS", 2)
+    icbhi, circor = lookalikes.write_icbhi(tmp_path / "icbhi"), lookalikes.write_circor(tmp_path / "circor")
+    specs = (f"icbhi={icbhi}", f"circor={circor}")
+    evaluate.main(config_of(folder, dataset=specs, out=tmp_path, cache=tmp_path / "cache"))
+
+    found = json.loads((tmp_path / "results.json").read_text())
+    [grouped, official, heart] = found["protocols"]["event"]["datasets"]
+    assert [d["label"] for d in (grouped, official, heart)] == ["icbhi", "icbhi, official", "circor"]
+    assert grouped["split"].startswith("5 folds of our own over patients") and "test part" in official["split"]
+    assert found["protocols"]["event"]["mean"]["tasks"] == ["circor/murmur"]
+    assert found["data"][1]["preprocessing"].startswith("band-pass 25 to 400 Hz")
+    text = (tmp_path / "table.md").read_text()
+    assert "0.888 (0.058)" in text and "0.582 (0.017)" in text  # published, for COPD and murmur
+    assert any("Pneumonia is left out" in problem for problem in found["problems"])
+    assert (tmp_path / "confusion.png").is_file()
 
 
-def test_a_student_like_its_teacher_keeps_exactly_all_with_an_interval_of_no_width(one_penalty):
-    results = measured({"student": features(1.0), "teacher": features(1.0)})
-
-    for entry in (*results["tasks"], results["mean"]):
-        assert entry["retained_percent"] == {"value": 100.0, "low": 100.0, "high": 100.0}
-        assert entry["ap"]["student"]["low"] < entry["ap"]["student"]["value"] < entry["ap"]["student"]["high"]
-
-
-def test_the_interval_of_what_is_kept_is_paired_and_so_narrower_than_of_two_separate_draws(one_penalty):
-    results = measured({"student": features(1.0) + [0.1, 0, -0.1] * features(0.5)[::-1], "teacher": features(1.0)})
-    kept, ap = results["mean"]["retained_percent"], results["mean"]["ap"]
-    relative = [(ap[model]["high"] - ap[model]["low"]) / ap[model]["value"] for model in ("student", "teacher")]
-
-    assert 0 < kept["high"] - kept["low"] < 0.5 * 100 * np.hypot(*relative)
+def test_rows_that_tell_no_recording_are_not_said_to_be_on_one_side_of_a_split(tmp_path):
+    sounds = [lookalikes.sound(i) for i in range(4)]
+    columns = {"audio": lookalikes.audio_column(sounds, [f"{i}.wav" for i in range(4)])}
+    path = lookalikes.write_parquet(tmp_path / "f.parquet", columns | {"label": ["cough", "etc"] * 2})
+    notes = evaluate.data_in_words(evaluate.load_dataset(f"flusense={path}"))["notes"]
+    assert "rows of one may lie on both sides" in notes[0] and "each on one side" not in "".join(notes)
+    assert any("ungrouped: leakage possible; 4 rows" in note for note in notes)
 
 
-def test_a_worse_student_keeps_less_and_the_closing_line_says_how_much(one_penalty):
-    results = measured({"student": features(2.0), "teacher": features(0.4)})
-    ap = results["mean"]["ap"]
-    student, teacher = ap["student"]["value"], ap["teacher"]["value"]
-
-    assert results["mean"]["retained_percent"]["high"] < 100
-    assert evaluate.conclusion(results).startswith(f"the student keeps {100 * student / teacher:.1f} % [")
-    assert evaluate.conclusion(results).endswith(f"] of the teacher's mAP ({student:.3f} of {teacher:.3f})")
-
-
-def test_without_a_teacher_its_columns_say_not_measured(one_penalty):
-    results = measured({"student": features(1.0)})
-    results["table"] = {"name": "t", "unreadable": {}}
-    rows = [line for line in evaluate.as_text(results).splitlines() if line.startswith(("| cough", "| mAP"))]
-
-    assert len(rows) == 2
-    for row in rows:
-        *_, teacher, student, kept, _ = [text.strip() for text in row.split("|")]
-        assert (teacher, kept) == ("not measured", "not measured") and student[0] in "01"
+@pytest.mark.parametrize(
+    ("checkpoints", "names"),
+    [
+        (["a/latest.pt"], ["student"]),
+        (["mine=a/latest.pt"], ["mine"]),
+        (["a/one.pt", "b/two.pt"], ["one", "two"]),
+        (["a/one.pt", "b/one.pt"], ["a/one.pt", "b/one.pt"]),
+        (["old=a/one.pt", "b/one.pt"], ["old", "b/one.pt"]),
+        (["a/k=3.pt"], ["student"]),
+        ([], ["student"]),
+    ],
+)
+def test_students_are_named_so_that_no_two_columns_have_one_name(checkpoints, names):
+    assert list(evaluate.student_files(evaluate.Config(checkpoint=tuple(checkpoints)))) == names
 
 
-def test_a_table_in_which_nothing_can_be_measured_is_refused():
-    table = table_of([b""] * 3)
-    with pytest.raises(UserError, match=r"no label can be measured \(0: groups that hold this label: 1,"):
-        evaluate.measure(table, np.ones(3, dtype=bool), {"student": np.ones((3, 2))}, seed=0)
+def test_a_column_that_would_be_called_like_another_is_refused():
+    with pytest.raises(UserError, match="two columns would be called teacher; name them"):
+        evaluate.student_files(evaluate.Config(checkpoint=("teacher=a.pt", "b.pt")))
+
+
+def test_a_run_folder_stands_for_its_best_checkpoint_or_its_newest(folder, tmp_path):
+    assert evaluate.in_run(str(folder)) == str(folder / "latest.pt")
+    (tmp_path / "best.pt").touch()
+    assert evaluate.in_run(str(tmp_path)) == str(tmp_path / "best.pt")
+    assert evaluate.in_run("google/hear-pytorch") == "google/hear-pytorch"
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--no-such-flag", "1"], "no-such-flag"),
-        (["--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--batch-size", "0"], "--batch-size and --workers must be at least 1"),
         (["evaluate"], "unknown word 'evaluate'"),
+        (["--protocol", "clip"], "clip"),
         (["--device", "cpu"], "python datalake/run_lake.py demo"),
-        (["--device", "cpu", "--checkpoint", "LATEST"], "no table at data/table.parquet"),
+        (["--device", "cpu", "--checkpoint", "LATEST", "--dataset", "table=no.parquet"], "no file no.parquet"),
+        (["--device", "cpu", "--checkpoint", "LATEST", "--dataset", "esc"], "no dataset 'esc'; expected one of fsd50k"),
+        (["--device", "cpu", "--every-checkpoint", "empty"], "no checkpoint (*.pt) in empty"),
     ],
 )
 def test_a_mistake_is_answered_in_one_line_and_exit_code_2(folder, tmp_path, monkeypatch, capsys, flags, message):
@@ -251,12 +305,19 @@ def test_a_mistake_is_answered_in_one_line_and_exit_code_2(folder, tmp_path, mon
     assert message in printed and printed.startswith("error: ") and printed.count("\n") == 1
 
 
+def test_a_table_of_which_most_is_unreadable_leaves_nothing_to_measure(folder, tmp_path):
+    audio = [{"bytes": b"%d" % i, "path": None} for i in range(3)] + [{"bytes": flac(2, 700, seed=0), "path": None}]
+    parquet.write_table(pyarrow.table({"audio": audio, "label": list("abab"), "group": list("1234")}), tmp_path / "t")
+    config = config_of(folder, dataset=(f"table={tmp_path / 't'}",), out=tmp_path / "out", cache=tmp_path)
+    with pytest.raises(UserError, match=r"t: 3 of 4 rows are unreadable \(undecodable: 3\); expected WAV"):
+        evaluate.main(config)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_damaged_checkpoint_is_refused_before_anything_is_embedded(folder, tmp_path):
     path = tmp_path / "latest.pt"
     path.write_bytes((folder / "latest.pt").read_bytes()[:-100])
-    config = replace(
-        evaluate.Config(), checkpoint=path, table=folder / "tiny.parquet", teacher="none", device="cpu", out=tmp_path
-    )
+    config = replace(config_of(folder), checkpoint=(str(path),), out=tmp_path, cache=tmp_path / "cache")
     with pytest.raises(UserError, match=r"latest.pt is refused"):
         evaluate.main(config)
     assert list(tmp_path.iterdir()) == [path]

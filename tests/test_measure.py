@@ -10,7 +10,8 @@ from hear_distill import measure as module
 from hear_distill.bootstrap import NUM_DRAWS
 from hear_distill.measure import PROBES, mean_entry, measure, merged
 from hear_distill.probes import Leak
-from hear_distill.splits import Rows, Task
+from hear_distill.splits import Rows
+from hear_distill.tasks import Task
 
 PEOPLE = 40
 GROUPS = np.array([f"person {i // 3:02}" for i in range(3 * PEOPLE)])
@@ -20,9 +21,9 @@ ILL = np.random.default_rng(0).permutation(np.arange(PEOPLE) % 2 == 0).repeat(3)
 DIAGNOSIS = np.where(ILL, np.where(np.arange(3 * PEOPLE) % 2, "asthma", "COPD"), "healthy")
 AGE = np.random.default_rng(1).permutation(PEOPLE).repeat(3) + 20.0
 TASKS = {
-    "ill": Task(kind="binary", target=ILL, takes_part=EVERYONE),
-    "diagnosis": Task(kind="multiclass", target=DIAGNOSIS, takes_part=EVERYONE),
-    "age": Task(kind="regression", target=AGE, takes_part=EVERYONE),
+    "ill": Task(kind="binary", labels=ILL, takes_part=EVERYONE),
+    "diagnosis": Task(kind="multiclass", labels=DIAGNOSIS, takes_part=EVERYONE),
+    "age": Task(kind="regression", labels=AGE, takes_part=EVERYONE),
 }
 KNOWING = np.stack([DIAGNOSIS == "asthma", DIAGNOSIS == "COPD", DIAGNOSIS == "healthy", AGE / 30], axis=1) * [
     1,
@@ -73,7 +74,7 @@ def test_the_numbers_are_those_of_scikit_learn_on_the_scored_rows(official):
 
 def test_labels_of_the_test_part_do_not_touch_the_probe():
     swapped = np.where(IS_TEST, ~ILL, ILL)
-    tasks = {"ill": Task(kind="binary", target=swapped, takes_part=EVERYONE)}
+    tasks = {"ill": Task(kind="binary", labels=swapped, takes_part=EVERYONE)}
     found = metrics_of(measure(tasks, OFFICIAL, {"student": KNOWING}, "logistic", 0), "ill", "student")
     assert found["auroc"] == 0  # a probe that had seen them would not be as wrong as this
 
@@ -83,20 +84,22 @@ def test_shares_counts_and_confusion_are_in_the_entry(official):
     assert (ill["scored_rows"], ill["rows"], ill["groups"]) == (48, 120, 16)
     assert ill["positives"] == ILL[IS_TEST].sum() == 3 * ill["positive_groups"]
     ap = metrics_of(official, "ill", "student")["ap"]
-    assert ill["retained_percent"]["value"] == pytest.approx(100 * ap)
+    of_student, of_teacher = ill["models"]["student"], ill["models"]["teacher"]
+    assert of_student["retained_percent"]["value"] == pytest.approx(100 * ap)
     auroc = metrics_of(official, "ill", "student")["auroc"]
-    assert ill["above_chance_percent"]["value"] == pytest.approx(100 * (auroc - 0.5) / 0.5)
+    assert of_student["above_chance_percent"]["value"] == pytest.approx(100 * (auroc - 0.5) / 0.5)
+    assert of_teacher["retained_percent"] is of_teacher["above_chance_percent"] is None
     assert diagnosis["classes"] == ["COPD", "asthma", "healthy"]
     counts = [(DIAGNOSIS[IS_TEST] == name).sum() for name in diagnosis["classes"]]
     assert diagnosis["models"]["teacher"]["confusion"] == np.diag(counts).tolist()
     assert np.sum(diagnosis["models"]["student"]["confusion"], axis=1).tolist() == counts
-    assert age["primary"] == "spearman" and age["above_chance_percent"] is None
+    assert age["primary"] == "spearman" and age["models"]["student"]["above_chance_percent"] is None
     assert ill["models"]["student"]["seed_std"] is None  # nothing is random
     json.dumps(official.entries, allow_nan=False)
 
 
 def test_a_task_that_cannot_be_measured_does_not_stop_the_others():
-    rare = Task(kind="binary", target=np.arange(3 * PEOPLE) < 3, takes_part=EVERYONE)
+    rare = Task(kind="binary", labels=np.arange(3 * PEOPLE) < 3, takes_part=EVERYONE)
     measured = measure({"rare": rare, "ill": TASKS["ill"]}, OFFICIAL, {"student": KNOWING}, "logistic", 0)
     assert measured.entries[0]["problem"] == "groups that hold this label in the test part: 1, at least 2 needed"
     assert measured.entries[1]["problem"] is None and set(measured.draws) == {"ill"}
@@ -157,7 +160,7 @@ def test_the_number_of_workers_does_not_change_a_number(official):
 
 def test_the_paper_protocol_scores_people_too_and_names_what_is_too_rare_for_it():
     few = Task(
-        kind="binary", target=np.isin(GROUPS, ["person 00", "person 01", "person 02", "person 03"]), takes_part=EVERYONE
+        kind="binary", labels=np.isin(GROUPS, ["person 00", "person 01", "person 02", "person 03"]), takes_part=EVERYONE
     )
     is_test = (np.arange(PEOPLE) % 2 == 0).repeat(3)
     tasks = {"ill": TASKS["ill"], "few": few}
@@ -177,9 +180,10 @@ def test_a_mean_over_datasets_is_the_mean_of_their_tasks_draw_by_draw():
     found = mean_entry(merged({"fsd50k": first, "flusense": module.Measured(entries=[], draws={"Cough": made[2]})}))
     assert found["tasks"] == ["fsd50k/Cough", "fsd50k/Speech", "flusense/Cough"]
     student, teacher = (np.mean([of[model]["ap"] for of in made], axis=0) for model in ("student", "teacher"))
-    assert found["models"]["student"]["ap"]["value"] == pytest.approx(student[0])
-    assert found["models"]["student"]["ap"]["low"] == pytest.approx(np.percentile(student[1:], 2.5))
-    assert found["retained_percent"]["high"] == pytest.approx(np.percentile(100 * student[1:] / teacher[1:], 97.5))
+    assert found["models"]["student"]["metrics"]["ap"]["value"] == pytest.approx(student[0])
+    assert found["models"]["student"]["metrics"]["ap"]["low"] == pytest.approx(np.percentile(student[1:], 2.5))
+    retained = found["models"]["student"]["retained_percent"]
+    assert retained["high"] == pytest.approx(np.percentile(100 * student[1:] / teacher[1:], 97.5))
 
 
 def test_only_groups_that_are_scored_are_drawn():

@@ -13,15 +13,13 @@ from hear_distill.metrics import average_precision
 from hear_distill.probes import (
     PENALTIES,
     Leak,
-    NotMeasurable,
     choose_and_fit,
     fit_ridge,
     grouped_folds,
-    held_out_scores,
     linear_probe,
     logistic_path,
+    masks_of,
     scores_of_masks,
-    task_folds,
 )
 from tests.reference import metrics as by_the_book
 
@@ -33,8 +31,8 @@ def plain_ap(is_positive: np.ndarray, scores: np.ndarray) -> float:
 
 
 def probed_ap(features: np.ndarray, is_positive: np.ndarray, groups: np.ndarray) -> float:
-    folds = task_folds(is_positive, groups, None, seed=0)
-    return plain_ap(is_positive, held_out_scores(features, is_positive, groups, folds, FIT))
+    folds = grouped_folds(is_positive, groups, 5, seed=0)
+    return plain_ap(is_positive, scores_of_masks(features, is_positive, groups, masks_of(folds), FIT))
 
 
 def test_an_embedding_that_holds_the_label_scores_one():
@@ -53,7 +51,9 @@ def test_an_embedding_that_knows_nothing_scores_as_a_random_order_does():
     for _ in range(60):
         is_positive = np.isin(groups, rng.choice(60, 15, replace=False))
         features = rng.normal(3, 2, (120, 6))
-        found.append(plain_ap(is_positive, held_out_scores(features, is_positive, groups, folds, fit_weakest)))
+        found.append(
+            plain_ap(is_positive, scores_of_masks(features, is_positive, groups, masks_of(folds), fit_weakest))
+        )
         expected.append(by_the_book.average_precision(is_positive, rng.permutation(120)))
 
     spread = np.hypot(np.std(found), np.std(expected)) / 60**0.5
@@ -77,12 +77,12 @@ def example(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def test_the_score_of_a_row_does_not_depend_on_the_other_rows_of_its_fold():
     features, is_positive, groups = example()
     folds = groups % 4
-    before = held_out_scores(features, is_positive, groups, folds, FIT)
+    before = scores_of_masks(features, is_positive, groups, masks_of(folds), FIT)
     mates = (folds == 2) & (np.arange(72) != 6)  # row 6 itself stays as it is
     features[mates] = 1e3 * features[mates] - 500
     is_positive[mates] = ~is_positive[mates]
 
-    after = held_out_scores(features, is_positive, groups, folds, FIT)
+    after = scores_of_masks(features, is_positive, groups, masks_of(folds), FIT)
 
     assert folds[6] == 2 and after[6] == before[6]
     assert (after[mates] != before[mates]).all() and (after[folds != 2] != before[folds != 2]).all()
@@ -142,7 +142,7 @@ def test_a_group_in_two_folds_is_refused():
     folds = groups % 4
     folds[30] += 1
     with pytest.raises(Leak, match="1 of 24 groups are on both sides of a split, such as 10"):
-        held_out_scores(features, is_positive, groups, folds, FIT)
+        scores_of_masks(features, is_positive, groups, masks_of(folds), FIT)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -158,29 +158,6 @@ def test_each_group_lies_in_one_fold_and_each_fold_holds_both_kinds_of_rows(seed
     assert all(len(set(folds[groups == group])) == 1 for group in range(12))
     assert set(folds[is_positive]) == set(folds[~is_positive]) == {0, 1, 2, 3, 4}
     assert any((grouped_folds(is_positive, groups, 5, other) != folds).any() for other in range(100, 103))
-
-
-@pytest.mark.parametrize(
-    ("num_with", "num_without", "prescribed", "reason"),
-    [
-        (4, 9, False, "groups that hold this label: 4, at least 5 needed"),
-        (9, 4, False, "groups that hold other rows: 4, at least 5 needed"),
-        (1, 9, True, "groups that hold this label: 1, at least 2 needed"),
-        (2, 9, True, "groups that hold this label outside fold 0: 1, at least 2 needed"),
-    ],
-)
-def test_a_label_with_too_few_groups_is_named_not_measurable(num_with, num_without, prescribed, reason):
-    groups = np.arange(num_with + num_without).repeat(3)
-    with pytest.raises(NotMeasurable, match=reason):
-        task_folds(groups < num_with, groups, groups % 2 if prescribed else None, seed=0)
-
-
-@pytest.mark.parametrize("prescribed", [False, True])
-def test_a_label_that_every_group_holds_beside_others_can_be_measured(prescribed):
-    rows = np.arange(30)
-    features = np.stack([rows % 3 == 0, rows % 3 == 1], axis=1)
-    folds = task_folds(rows % 3 == 0, rows // 3, rows // 3 % 2 if prescribed else None, seed=0)
-    assert plain_ap(rows % 3 == 0, held_out_scores(features, rows % 3 == 0, rows // 3, folds, FIT)) == 1
 
 
 def test_a_warm_start_ends_where_a_cold_one_does():

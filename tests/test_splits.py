@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 
 from hear_distill.probes import Leak, NotMeasurable
-from hear_distill.splits import SEEDS, Plan, Rows, Task, draw_columns, plan_of
+from hear_distill.splits import SEEDS, Plan, Rows, draw_columns, plan_of
+from hear_distill.tasks import Task
 
 GROUPS = np.array([f"person {i // 3:02}" for i in range(120)])  # 40 people of three rows
 EVERYONE = np.ones(120, dtype=bool)
 
 
 def task(kind: str, target: np.ndarray, takes_part: np.ndarray = EVERYONE) -> Task:
-    return Task(kind=kind, target=target, takes_part=takes_part)
+    return Task(kind=kind, labels=target, takes_part=takes_part)
 
 
 def by_person(values: list) -> np.ndarray:
