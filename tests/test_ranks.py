@@ -126,8 +126,11 @@ def first_rank_takes_all(stage) -> None:
     stage.leave, stage.Feed._look = write_and_leave, look_late
 
 
-def test_two_ranks_of_which_one_is_dry_train_on_each_clip_once_and_end_with_the_same_weights(crew_of, full_lake):
-    crew = crew_of(2)
+@pytest.mark.parametrize("open_shards", [3, 100], ids=["the other reads ahead", "the other has opened all"])
+def test_two_ranks_of_which_one_is_dry_train_on_each_clip_once_and_end_with_the_same_weights(
+    crew_of, full_lake, open_shards
+):
+    crew = crew_of(2, open_shards=open_shards)
     ended = crew.run(edit=first_rank_takes_all)
     assert [e.code for e in ended] == [0, 0], ended
     out, in_lake, trained = crew.ranks[0].out, sounds_in(full_lake), crew.trained()
