@@ -51,7 +51,7 @@ ALLOWED = {
     "icbhi": {"tabular", "tasks"},
     "journal": {"files", "runlog"},
     "lake": {"files", "ledger", "schema"},
-    "launch": {"ranks", "runlog"},
+    "launch": {"nodes", "ranks", "runlog"},
     "learning": {
         *("files", "noise_scale", "objective", "pace", "schedule", "student"),
         *("targets", "teacher", "watch", "weight_ema"),
