@@ -41,7 +41,7 @@ from hear_distill.files import GIB, UserError, free_bytes, gib, is_disk_full
 from hear_distill.lake import Lake
 from hear_distill.locks import alone
 from hear_distill.nodes import Nodes
-from hear_distill.runlog import Stopped, StopRequest, progress_file, read_heartbeat
+from hear_distill.runlog import LAUNCHER_PID, Stopped, StopRequest, progress_file, read_heartbeat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,11 +196,11 @@ def check_children(config: Config, look: Callable[[], None] = lambda: None) -> N
 def ask(script: Path, config: Config, *more: str, look: Callable[[], None] = lambda: None) -> None:
     """Run a child that only answers. Raises UserError with what it says if it refuses.
 
-    It may ask a hub that is down for minutes; `look` is called meanwhile, and what that raises ends it.
+    It may ask a hub that is down for minutes; `look` is called meanwhile; what that raises ends it, and so does our end.
     """
     command, said = [*command_of(script, config), *more], None
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    environment = os.environ | config.nodes().environment()
+    environment = os.environ | config.nodes().environment() | {LAUNCHER_PID: str(os.getpid())}
     with subprocess.Popen(command, **pipes, text=True, start_new_session=True, env=environment) as child:
         try:
             while said is None:

@@ -20,7 +20,7 @@ ALLOWED = {
     "checkpoint": {"files"},
     "children": {"files", "runlog"},
     "circor": {"tabular", "tasks"},
-    "cli": {"files"},
+    "cli": {"files", "runlog"},
     "control": set(),
     "coswara": {"hub_files", "tabular", "tasks"},
     "critical_lr": set(),
