@@ -196,7 +196,7 @@ def check_children(config: Config, look: Callable[[], None] = lambda: None) -> N
 def ask(script: Path, config: Config, *more: str, look: Callable[[], None] = lambda: None) -> None:
     """Run a child that only answers. Raises UserError with what it says if it refuses.
 
-    It may ask a hub that is down for minutes; `look` is called meanwhile; what that raises ends it, and so does our end.
+    It may ask a hub that is down for minutes; `look` is called meanwhile. What that raises ends it, and our end does.
     """
     command, said = [*command_of(script, config), *more], None
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
@@ -233,7 +233,7 @@ def show_plan(config: Config) -> None:
     """`--dry-run`."""
     run = run_of(config)
     gpu_name, _ = doctor.gpu(run.trainer["device"], run.gpus)
-    needed = doctor.needed_rate(run.out, gpu_name, run.gpus, run.num_nodes)
+    needed = doctor.needed_rate(run.out, gpu_name, run.gpus)
     print("\n".join(plan.lines_of(run, needed, doctor.decode_rate())))
     print_commands(config)
 
@@ -290,7 +290,7 @@ def reap(supervisor: Supervisor, child: Child) -> int | None:
         child.heartbeat.unlink(missing_ok=True)
     supervisor.lake.sweep()
     if code == 2:
-        raise UserError(f"{child.name}: {child.last_words().removeprefix('error: ')}")
+        raise UserError(f"{child.name}: {child.last_words('error: ').removeprefix('error: ')}")
     totals = supervisor.lake.totals()
     if code in TROUBLES:  # a network that is down for a night must not end a run of a week
         supervisor.restarts.wait_out(child, code, totals["cut"])
