@@ -461,6 +461,7 @@ def main(config: Config) -> None:
     if config.dry_run:
         return show_plan(config)
     stop_request = StopRequest()
+    os.environ |= config.nodes().environment()  # some clusters set these, for launchers of their own
     with alone_on(config.lake):
         try:
             check_children(config, stop_request.look)

@@ -259,10 +259,21 @@ def crew_on(folder: Path, lakes: list[Path], teacher: Path, **flags) -> Crew:
     return Crew(*runs)
 
 
+def seen_before_loading(stage) -> None:
+    """Machines wait eight minutes for each other, and loading takes minutes; a supervisor takes ten for a hang."""
+    open_run = stage.open_run
+
+    def open_if_seen(config, ranks):
+        assert (config.out / stage.progress_file(ranks.node)).exists()
+        return open_run(config, ranks)
+
+    stage.open_run = open_if_seen
+
+
 def test_two_machines_with_a_lake_each_go_on_to_the_bit_where_one_was_killed(tmp_path, two_lakes, teacher):
     """Each has a lake to itself, so which shards it leases does not depend on the moment."""
     whole = crew_on(tmp_path / "whole", two_lakes, teacher)
-    ended = whole.run()
+    ended = whole.run(edit=seen_before_loading)
     assert [e.code for e in ended] == [0, 0], ended
     counts = [Counter(rank.trained()) for rank in whole.ranks]
     sizes = [sounds_in(lake) for lake in two_lakes]
