@@ -469,6 +469,9 @@ def main(config: Config) -> None:
     refusal = f"{config.out} is being trained by another process; choose another --out"
     with alone(config.out / "lock", refusal) if ranks.is_first else nullcontext():
         check(config)
+        Pulse(
+            config.out / progress_file(ranks.node) if ranks.speaks else None
+        ).beat()  # all are here, however long it took
         run = open_run(config, ranks)
         try:
             reason = train(run, stop)

@@ -41,7 +41,7 @@ from hear_distill.files import GIB, UserError, free_bytes, gib, is_disk_full
 from hear_distill.lake import Lake
 from hear_distill.locks import alone
 from hear_distill.nodes import Nodes
-from hear_distill.runlog import Stopped, StopRequest, progress_file, read_heartbeat
+from hear_distill.runlog import LAUNCHER_PID, Stopped, StopRequest, progress_file, read_heartbeat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,11 +196,11 @@ def check_children(config: Config, look: Callable[[], None] = lambda: None) -> N
 def ask(script: Path, config: Config, *more: str, look: Callable[[], None] = lambda: None) -> None:
     """Run a child that only answers. Raises UserError with what it says if it refuses.
 
-    It may ask a hub that is down for minutes; `look` is called meanwhile, and what that raises ends it.
+    It may ask a hub that is down for minutes; `look` is called meanwhile. What that raises ends it, and our end does.
     """
     command, said = [*command_of(script, config), *more], None
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    environment = os.environ | config.nodes().environment()
+    environment = os.environ | config.nodes().environment() | {LAUNCHER_PID: str(os.getpid())}
     with subprocess.Popen(command, **pipes, text=True, start_new_session=True, env=environment) as child:
         try:
             while said is None:
@@ -233,7 +233,7 @@ def show_plan(config: Config) -> None:
     """`--dry-run`."""
     run = run_of(config)
     gpu_name, _ = doctor.gpu(run.trainer["device"], run.gpus)
-    needed = doctor.needed_rate(run.out, gpu_name, run.gpus, run.num_nodes)
+    needed = doctor.needed_rate(run.out, gpu_name, run.gpus)
     print("\n".join(plan.lines_of(run, needed, doctor.decode_rate())))
     print_commands(config)
 
@@ -290,7 +290,7 @@ def reap(supervisor: Supervisor, child: Child) -> int | None:
         child.heartbeat.unlink(missing_ok=True)
     supervisor.lake.sweep()
     if code == 2:
-        raise UserError(f"{child.name}: {child.last_words().removeprefix('error: ')}")
+        raise UserError(f"{child.name}: {child.last_words('error: ').removeprefix('error: ')}")
     totals = supervisor.lake.totals()
     if code in TROUBLES:  # a network that is down for a night must not end a run of a week
         supervisor.restarts.wait_out(child, code, totals["cut"])
@@ -461,6 +461,7 @@ def main(config: Config) -> None:
     if config.dry_run:
         return show_plan(config)
     stop_request = StopRequest()
+    os.environ |= config.nodes().environment()  # some clusters set these, for launchers of their own
     with alone_on(config.lake):
         try:
             check_children(config, stop_request.look)

@@ -86,12 +86,13 @@ class Child:
             self.last_progress = (progress, time.monotonic())
         return time.monotonic() - self.last_progress[1] > limit_s
 
-    def last_words(self) -> str:
-        """The last line of its log, for people."""
+    def last_words(self, beginning: str = "") -> str:
+        """The last line of its log, or the last that begins so: libraries may say more after what is wrong."""
         with self.log.open("rb") as f:
             f.seek(max(0, self.log.stat().st_size - LAST_WORDS_BYTES))
             lines = f.read().decode(errors="replace").strip().splitlines()
         lines = [line for line in lines if not line.startswith(LOST_A_RANK)]  # another rank says why
+        lines = [line for line in lines if line.startswith(beginning)] or lines
         return lines[-1] if lines else "it said nothing"
 
     def new_warnings(self) -> list[str]:
@@ -252,7 +253,9 @@ class Restarts:
     def wait_out(self, child: Child, code: int, num_cut: int) -> None:
         """A child left because of something that will pass."""
         trouble, seconds = TROUBLES[code]
-        message = f"{child.name}: {child.last_words().removeprefix('error: ')}; trying again every {seconds:.0f} s"
+        message = (
+            f"{child.name}: {child.last_words('error: ').removeprefix('error: ')}; trying again every {seconds:.0f} s"
+        )
         self.begin_trouble(trouble, message, num_cut)
         self.start_after[child.kind()] = time.monotonic() + seconds
 

@@ -21,6 +21,7 @@ import tyro
 from dotenv import load_dotenv
 
 from hear_distill.files import UserError, naming_full_disk, write_json
+from hear_distill.runlog import end_when_alone
 
 C = TypeVar("C")
 POSITIONAL = get_args(tyro.conf.Positional[None])[1]  # what tyro marks such a field with
@@ -47,6 +48,7 @@ def run(
         description: the stage's docstring, shown by --help above the list of words and flags.
     """
     load_dotenv(".env")
+    end_when_alone()
     sys.stdout.reconfigure(line_buffering=True)  # a supervisor or `tee` sees each line when it is written
     try:
         is_check = "--check" in sys.argv

@@ -25,7 +25,7 @@ B clips in a batch   k clips of a sound
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -421,9 +421,10 @@ class LakeReader:
         """Clips of shards that nobody has leased, and that were not trained on."""
         return sum(int((~trained_clips(shard)).sum()) for shard in self.lake.ready(TRAIN))
 
-    def ahead_state(self) -> dict[str, Any]:
-        """As `state`, of the shards that only the thread knows of: leased, but not in a batch that was handed out."""
-        shards = [shard for shard in self.lake.leased(self.owner.id) if shard.id not in self.accounts]
+    def ahead_state(self, known: Collection[int] | None = None) -> dict[str, Any]:
+        """As `state`, of the other shards that are leased: than `known`, or than those of batches handed out so far."""
+        known = self.accounts if known is None else known
+        shards = [shard for shard in self.lake.leased(self.owner.id) if shard.id not in known]
         return {
             "coverage": {shard.id: np.packbits(trained_clips(shard), bitorder="little").tobytes() for shard in shards},
             "uses": {shard.id: shard.num_uses for shard in shards if shard.num_uses},

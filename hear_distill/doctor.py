@@ -64,7 +64,7 @@ def findings(run: Run) -> Iterator[Finding]:
     yield kind_of_disk(run.lake)
     gpu_name, gpu_finding = gpu(run.trainer["device"], run.gpus)
     yield gpu_finding
-    needed = needed_rate(run.out, gpu_name, run.gpus, run.num_nodes)
+    needed = needed_rate(run.out, gpu_name, run.gpus)
     yield disk_speed(run.lake, needed)
     yield cores(run, needed, decode_rate(), len(os.sched_getaffinity(0)))
     yield teacher(run.trainer["teacher"])
@@ -225,14 +225,14 @@ def disk_speed(lake: Path, needed: Rate | None) -> Finding:
 
 
 def cores(run: Run, needed: Rate | None, per_core: Rate, num_cores: int) -> Finding:
-    """Enough to decode what the GPU takes, and one more for the trainer."""
+    """Enough to decode what the GPUs take, and one more for each rank of the trainer."""
     text = f"{num_cores} cores, {per_core}"
     if needed is None:
         return Finding("ok", "cores", f"{text}; not known what the trainer takes: it logs clips_per_s once it runs")
     wanted = -(-int(needed.clips_per_s) // max(1, int(per_core.clips_per_s)))
-    text += f"; {needed} need {wanted} for streamers and 1 for the trainer"
-    if wanted + 1 > num_cores:
-        share = max(0.0, 1 - (num_cores - 1) * per_core.clips_per_s / needed.clips_per_s)
+    text += f"; {needed} need {wanted} for streamers and {run.gpus} for the trainer"
+    if wanted + run.gpus > num_cores:
+        share = max(0.0, 1 - max(0, num_cores - run.gpus) * per_core.clips_per_s / needed.clips_per_s)
         return Finding("could", "cores", f"{text}: the trainer will wait {share:.0%} of the time; use more cores")
     if wanted > run.max_workers:
         return Finding("could", "cores", f"{text}, --max-workers is {run.max_workers}; raise it to {wanted}")

@@ -259,11 +259,11 @@ class Feed:
         """This rank's share if the shards of lakes with a dry rank are dealt anew, so that none of their ranks has
         less than `num_clips`; None if that is not possible. On all ranks or on none.
 
-        What others have leased to read ahead is dealt as well: of a small lake, that may be all there is.
+        What others have leased since the last whole step is dealt as well: of a small lake, that may be all there is.
         """
         lakes = self.state()["lakes"]
         dry = {self.lake_of_rank[rank] for rank, standing in enumerate(self.standings) if standing.is_dry}
-        ahead = self._by_lake(self.reader.ahead_state())
+        ahead = self._by_lake(self.reader.ahead_state(self.covered["coverage"]))
         deals = {name: lakes[name] for name in lakes if name not in dry}
         deals |= {name: dealt([*lakes[name], *ahead[name]], len(lakes[name])) for name in dry}
         if any(num_untrained(share) < num_clips for name in dry for share in deals[name]):

@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import uuid
+from contextlib import suppress
 
 import psutil
 from torch.distributed import DistError
@@ -22,6 +23,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from hear_distill.nodes import Nodes
 from hear_distill.ranks import RANK_LOST
 from hear_distill.runlog import LAUNCHER_PID, SUPERVISOR_FD
 
@@ -46,7 +48,7 @@ def launch_config(gpus: int, num_nodes: int, node_rank: int, rendezvous: str) ->
 
 
 def hand_on_signals() -> None:
-    """SIGTERM goes to the ranks, which then leave by themselves. From a terminal they get Ctrl-C themselves.
+    """SIGTERM and Ctrl-C go to the ranks, which then leave by themselves; they have sessions of their own.
 
     By a thread, as the main one may be deep in torch, waiting for other machines.
     """
@@ -61,8 +63,9 @@ def hand_on_signals() -> None:
             ranks = psutil.Process().children()
             if not ranks:
                 os._exit(KILLED + number)
-            for rank in ranks if number == signal.SIGTERM else ():
-                rank.send_signal(number)
+            for rank in ranks:
+                with suppress(psutil.NoSuchProcess):  # it has just left
+                    rank.send_signal(number)
 
     threading.Thread(target=listen, daemon=True).start()
 
@@ -81,8 +84,12 @@ def end_with_supervisor() -> None:
 
 
 def exit_code(codes: list[int]) -> int:
-    """Of ranks that failed (a negative one is a signal): what the first said of its own, not what followed from it."""
-    first = next((code for code in codes if code not in (RANK_LOST, -signal.SIGTERM)), codes[0])
+    """Of ranks that failed (a negative one is a signal): what the first said of its own, not what followed from it.
+
+    A rank that does not leave within half a minute of another's end is killed, so a signal tells less than a code.
+    """
+    own = [code for code in codes if code not in (RANK_LOST, -signal.SIGTERM)]
+    first = next((code for code in own if code > 0), next(iter(own), codes[0]))
     return first if first >= 0 else KILLED - first
 
 
@@ -94,6 +101,12 @@ def main() -> int:
     parser.add_argument("--rendezvous", default="", help="HOST:PORT of machine 0")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     given = parser.parse_args()
+    try:
+        Nodes(given.gpus, given.num_nodes, given.node_rank, given.rendezvous).refuse()
+    except ValueError as e:
+        parser.error(str(e))
+    if not given.command:
+        parser.error("no script to start; run_lake.py --dry-run prints a whole command")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say what is wrong, and we
     hand_on_signals()
     end_with_supervisor()

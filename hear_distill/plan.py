@@ -112,12 +112,13 @@ def lines_of(run: Run, needed: Rate | None, per_worker: Rate) -> list[str]:
 # ---- rates ----
 
 
-def needed_rate(out: Path, gpu_name: str, gpus: int = 1, num_nodes: int = 1) -> Rate | None:
-    """Clips per second that the trainer takes from this lake: as measured by the run, or as expected of so many of
-    these GPUs; None if unknown."""
+def needed_rate(out: Path, gpu_name: str, gpus: int = 1) -> Rate | None:
+    """Clips per second that so many GPUs take from this lake: as one of the run's did when it was measured, or as is
+    expected of one of this name; None if unknown."""
     measured = read_heartbeat(out / "progress.json").get("clips_per_s")
     if measured:
-        return Rate(measured / num_nodes, f"measured by {out}")
+        num_ranks = read_heartbeat(out / "config.json").get("num_ranks", 1)
+        return Rate(gpus * measured / num_ranks, f"measured by {out}, {num_ranks} GPU{'s' if num_ranks > 1 else ''}")
     for name, clips_per_s in GPU_CLIPS_PER_S.items():
         if name in gpu_name:
             return Rate(gpus * clips_per_s, f"estimated for {f'{gpus} x ' if gpus > 1 else ''}{name}, not measured")

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from hear_distill.files import atomic_write, write_json
 HEARTBEAT_S = 2.0
 SUPERVISOR_FD = "HEAR_SUPERVISOR_FD"  # read end of a pipe that the supervisor holds open while it lives
 LOOK_UP_S = 0.05  # how late a sleeping process notices that it should stop
-LAUNCHER_PID = "HEAR_LAUNCHER_PID"  # of the parent of a rank, which holds no pipe: torchrun passes none on
+LAUNCHER_PID = "HEAR_LAUNCHER_PID"  # of the parent of a process without a pipe: of a rank (torchrun passes none on)
 LOST_A_RANK = "leaving, as another rank has ended"  # begins what ranks say that only follow another one
 SECONDS_TO_END = 8.0  # from the closed pipe to the hard end; a checkpoint fits
 
@@ -117,20 +117,41 @@ class Stopped(Exception):
     """This process was asked to leave. Raised where a wait or a long computation must not go on."""
 
 
+def when_alone(react: Callable[[], None]) -> None:
+    """Call `react`, in a thread, once whoever started this process has ended: a supervisor or a launcher."""
+
+    def watch() -> None:
+        if SUPERVISOR_FD in os.environ:
+            os.read(int(os.environ[SUPERVISOR_FD]), 1)  # nobody ever writes: the last holder of the other end is gone
+        else:
+            while os.getppid() == int(os.environ[LAUNCHER_PID]):  # whoever loses its parent gets another
+                time.sleep(LOOK_UP_S)
+        react()
+
+    if SUPERVISOR_FD in os.environ or LAUNCHER_PID in os.environ:
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def end_when_alone() -> None:
+    """Before there is a StopRequest nothing is in hand: a process that is left alone ends, whatever it waits for."""
+    when_alone(lambda: None if StopRequest.is_made else os._exit(1))
+
+
 class StopRequest:
     """True once SIGTERM or SIGINT arrived, or once the supervisor's pipe closed: finish what is in hand, then leave.
 
     A plain flag, because the lock inside a threading.Event may be held by the very code that a signal interrupts.
     """
 
+    is_made = False
+    """whether this process has one"""
+
     def __init__(self) -> None:
         self.is_set = False
         signal.signal(signal.SIGTERM, self._on_terminate)
         signal.signal(signal.SIGINT, self._on_interrupt)
-        if SUPERVISOR_FD in os.environ:
-            threading.Thread(target=self._watch_supervisor, args=(int(os.environ[SUPERVISOR_FD]),), daemon=True).start()
-        elif LAUNCHER_PID in os.environ:
-            threading.Thread(target=self._watch_launcher, args=(int(os.environ[LAUNCHER_PID]),), daemon=True).start()
+        StopRequest.is_made = True
+        when_alone(self._end)
 
     def __bool__(self) -> bool:
         return self.is_set
@@ -154,15 +175,6 @@ class StopRequest:
             sys.exit("interrupted twice: leaving at once")
         os.write(2, b"interrupted: finishing what is in hand (press Ctrl-C again to leave at once)\n")
         self.is_set = True
-
-    def _watch_supervisor(self, fd: int) -> None:
-        os.read(fd, 1)  # nobody ever writes: this returns when the last holder of the other end is gone
-        self._end()
-
-    def _watch_launcher(self, pid: int) -> None:
-        while os.getppid() == pid:  # whoever loses its parent gets another
-            time.sleep(LOOK_UP_S)
-        self._end()
 
     def _end(self) -> None:
         self.is_set = True

@@ -157,6 +157,12 @@ def test_the_last_words_are_the_last_line_of_however_long_a_log(tmp_path):
     assert child_with_log(tmp_path, "").last_words() == "it said nothing"
 
 
+def test_what_is_wrong_is_found_before_what_libraries_say_at_the_end(tmp_path):
+    child = child_with_log(tmp_path, "error: no token\n[rank0]: process group has NOT been destroyed\n")
+    assert child.last_words("error: ") == "error: no token"
+    assert child_with_log(tmp_path, "usage: x\n").last_words("error: ") == "usage: x"
+
+
 def test_each_warning_is_found_once_and_whole_also_after_its_log_was_moved_aside(tmp_path):
     child = child_with_log(tmp_path, "WARNING: a\nstep 1\nWARN")
     assert child.new_warnings() == ["WARNING: a"]

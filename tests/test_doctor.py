@@ -177,6 +177,14 @@ def test_cores_are_compared_with_the_decoding_that_the_gpu_needs(run, needed, nu
     assert finding.grade == grade and expected in finding.text
 
 
+def test_each_rank_of_the_trainer_has_a_core_besides_those_that_decode(run):
+    needed, per_core = Rate(1_000, "said so"), Rate(250.0, "measured")
+    found = [doctor.cores(replace(run, max_workers=4, gpus=3), needed, per_core, num_cores) for num_cores in (7, 6, 2)]
+    assert [finding.grade for finding in found] == ["ok", "could", "could"]
+    assert "4 for streamers and 3" in found[0].text
+    assert "wait 25% of the time" in found[1].text and "wait 100% of the time" in found[2].text
+
+
 # ---- the outside ----
 
 
@@ -224,6 +232,8 @@ def test_what_the_run_has_measured_goes_before_what_is_estimated_of_its_gpu(tmp_
     assert plan.needed_rate(tmp_path, "NVIDIA T4") is None
     write_json(tmp_path / "progress.json", {"clips_per_s": 77.0})
     assert plan.needed_rate(tmp_path, "NVIDIA H200").clips_per_s == 77
+    write_json(tmp_path / "config.json", {"num_ranks": 7})
+    assert plan.needed_rate(tmp_path, "NVIDIA H200", gpus=3).clips_per_s == 33
 
 
 def test_the_decoding_rate_is_that_of_two_second_clips(monkeypatch):

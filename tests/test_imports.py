@@ -20,7 +20,7 @@ ALLOWED = {
     "checkpoint": {"files"},
     "children": {"files", "runlog"},
     "circor": {"tabular", "tasks"},
-    "cli": {"files"},
+    "cli": {"files", "runlog"},
     "control": set(),
     "coswara": {"hub_files", "tabular", "tasks"},
     "critical_lr": set(),
@@ -52,7 +52,7 @@ ALLOWED = {
     "journal": {"files", "runlog"},
     "keeping": {"checkpoint", "feed", "files", "lake", "learning", "ranks"},
     "lake": {"files", "ledger", "schema"},
-    "launch": {"ranks", "runlog"},
+    "launch": {"nodes", "ranks", "runlog"},
     "learning": {
         *("files", "noise_scale", "objective", "pace", "schedule", "student"),
         *("targets", "teacher", "watch", "weight_ema"),

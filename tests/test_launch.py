@@ -37,6 +37,8 @@ if code >= 0 and os.environ["RANK"] == "1":
     sys.exit(code)
 if code >= 0:
     time.sleep(60)
+if not stop:
+    sys.exit("nobody asked this rank to leave")
 print("rank", os.environ["RANK"], "leaves in good order", flush=True)
 """
 
@@ -72,11 +74,12 @@ def assert_gone(pids: list[int], began: float) -> None:
     wait_for(lambda: not any(map(psutil.pid_exists, pids)), SECONDS_TO_LEAVE - (time.monotonic() - began))
 
 
-def test_ranks_that_are_asked_to_leave_do_so_in_good_order_and_that_is_a_success(launch, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ranks_that_are_asked_to_leave_do_so_in_good_order_and_that_is_a_success(launch, tmp_path, number):
     process = launch("--gpus", 2)
     words = rank_words(tmp_path, 2)
     assert [rank[1:] for rank in words] == [[0, 0, 0, 2, 2], [1, 1, 0, 2, 2]]
-    process.terminate()
+    os.killpg(process.pid, number)  # as a terminal does
     code, out, _ = end_of(process)
     assert code == 0 and sorted(out.splitlines()) == [f"rank {rank} leaves in good order" for rank in range(2)]
 
@@ -94,6 +97,20 @@ def test_the_exit_code_is_that_of_the_rank_that_began_it():
     assert exit_code([lost, -signal.SIGTERM, 73, 1]) == 73
     assert exit_code([-signal.SIGKILL, lost]) == 128 + 9
     assert exit_code([lost, lost]) == lost
+    assert exit_code([-signal.SIGKILL, 2]) == 2  # the first was killed because it did not leave
+
+
+@pytest.mark.parametrize("flags", [("--gpus", 0), ("--gpus", 2, "--num-nodes", 2)], ids=["no rank", "nowhere to meet"])
+def test_a_launch_that_cannot_work_is_refused_in_one_line(launch, flags):
+    code, _, err = end_of(launch(*flags))
+    assert code == 2 and "error: --" in err and "Traceback" not in err
+
+
+def test_a_launch_of_nothing_is_refused():
+    command = [sys.executable, "-m", "hear_distill.launch", "--gpus", "1"]
+    pipes = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    done = subprocess.run(command, env=environment(), cwd=ROOT, check=False, **pipes)
+    assert done.returncode == 2 and "no script to start" in done.stderr
 
 
 def test_ranks_of_a_killed_launcher_end_by_themselves(launch, tmp_path):

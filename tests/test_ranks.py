@@ -126,8 +126,11 @@ def first_rank_takes_all(stage) -> None:
     stage.leave, stage.Feed._look = write_and_leave, look_late
 
 
-def test_two_ranks_of_which_one_is_dry_train_on_each_clip_once_and_end_with_the_same_weights(crew_of, full_lake):
-    crew = crew_of(2)
+@pytest.mark.parametrize("open_shards", [3, 100], ids=["the other reads ahead", "the other has opened all"])
+def test_two_ranks_of_which_one_is_dry_train_on_each_clip_once_and_end_with_the_same_weights(
+    crew_of, full_lake, open_shards
+):
+    crew = crew_of(2, open_shards=open_shards)
     ended = crew.run(edit=first_rank_takes_all)
     assert [e.code for e in ended] == [0, 0], ended
     out, in_lake, trained = crew.ranks[0].out, sounds_in(full_lake), crew.trained()
@@ -256,10 +259,21 @@ def crew_on(folder: Path, lakes: list[Path], teacher: Path, **flags) -> Crew:
     return Crew(*runs)
 
 
+def seen_before_loading(stage) -> None:
+    """Machines wait eight minutes for each other, and loading takes minutes; a supervisor takes ten for a hang."""
+    open_run = stage.open_run
+
+    def open_if_seen(config, ranks):
+        assert (config.out / stage.progress_file(ranks.node)).exists()
+        return open_run(config, ranks)
+
+    stage.open_run = open_if_seen
+
+
 def test_two_machines_with_a_lake_each_go_on_to_the_bit_where_one_was_killed(tmp_path, two_lakes, teacher):
     """Each has a lake to itself, so which shards it leases does not depend on the moment."""
     whole = crew_on(tmp_path / "whole", two_lakes, teacher)
-    ended = whole.run()
+    ended = whole.run(edit=seen_before_loading)
     assert [e.code for e in ended] == [0, 0], ended
     counts = [Counter(rank.trained()) for rank in whole.ranks]
     sizes = [sounds_in(lake) for lake in two_lakes]

@@ -5,6 +5,7 @@ It runs in this process on a lake made by hand, and starts nothing.
 
 import errno
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -344,3 +345,11 @@ def test_what_begins_to_drift_is_said_once_and_the_users_command_is_told(stage, 
     said = ["level has drifted: 0.8", "bands has drifted: 0.6", "level ..."]
     assert sent == [("drift", message) for message in said]
     assert [message in capsys.readouterr().out for message in said[:1]] == [True]
+
+
+def test_what_a_cluster_says_of_ranks_does_not_reach_a_trainer_of_one_gpu(stage, tmp_path, monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "8")
+    with stage.alone_on(tmp_path / "lake"), pytest.raises(UserError, match="another supervisor"):
+        stage.main(stage.Config(lake=tmp_path / "lake"))
+    assert os.environ["WORLD_SIZE"] == os.environ["LOCAL_WORLD_SIZE"] == "1"

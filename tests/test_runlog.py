@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
+from lake_tools import ROOT, environment
 
 from hear_distill import runlog
 from hear_distill.runlog import Heartbeat, Metrics, git_revision, read_heartbeat, read_metrics, write_config
@@ -152,6 +154,30 @@ stop = runlog.StopRequest()
 print("waiting", flush=True)
 time.sleep(60)
 """
+NOT_LISTENING = """
+import sys, time
+from dataclasses import dataclass
+from hear_distill import cli
+
+@dataclass(frozen=True)
+class Config: ...
+
+def list_the_source(config):
+    print("waiting", flush=True)
+    time.sleep(60)
+
+sys.argv = ["stage"]
+cli.run(list_the_source, {"best": Config()}, "")
+"""
+# Whoever asks a child something, as run_lake.py does before it starts anything.
+ASKING = """
+import runpy, sys
+from pathlib import Path
+
+stage = runpy.run_path(sys.argv[1])
+print("waiting", flush=True)
+stage["ask"](Path(sys.argv[2]), stage["Config"]())
+"""
 
 
 @pytest.fixture
@@ -159,10 +185,9 @@ def start():
     """Start Python code that says `waiting` once it is ready; whatever is left of it ends with the test."""
     processes = []
 
-    def begin(code: str, **options) -> "subprocess.Popen[str]":
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-        )
+    def begin(code: str, *arguments: object, **options) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
         processes.append(process)
         assert process.stdout.readline() == "waiting\n"
         return process
@@ -230,6 +255,29 @@ def test_a_child_that_does_not_leave_when_the_pipe_closed_is_ended(start):
     process, writer = with_pipe(start, STUBBORN)
     os.close(writer)
     assert end_of(process)[0] == 1
+
+
+def test_a_child_that_does_not_listen_yet_ends_at_once_when_the_pipe_closes(start):
+    process, writer = with_pipe(start, NOT_LISTENING)
+    os.close(writer)
+    assert end_of(process)[0] == 1
+
+
+def test_whoever_is_only_asked_ends_with_the_one_that_asks(start, tmp_path):
+    (tmp_path / "stream.py").write_text(NOT_LISTENING.replace('"waiting"', '"asked", file=open("asked", "w")'))
+    supervisor = ROOT / "datalake" / "run_lake.py"
+    process = start(ASKING, supervisor, tmp_path / "stream.py", env=environment(), cwd=tmp_path)
+    end = time.monotonic() + 60
+    while not (tmp_path / "asked").exists():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    (child,) = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()
+    end = time.monotonic() + SECONDS_TO_LEAVE
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end, "it was left behind"
+        time.sleep(0.02)
 
 
 def test_the_revision_is_the_commit_and_says_when_files_differ(tmp_path, monkeypatch):
