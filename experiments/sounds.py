@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from hear_distill.audio import CLIP_SAMPLES, decode
+from hear_distill.eval_datasets import load_dataset
 from hear_distill.frontend import MelPcen
 from hear_distill.probes import average_precision, choose_and_fit
-from hear_distill.tasks import Table, load_table, windows
+from hear_distill.quick_probe import labels_of
+from hear_distill.tasks import windows
 
 MIX_SHARE = 0.5
 MIX_DB = 6.0  # the second recording is at most so much louder or quieter
@@ -128,11 +130,13 @@ class Probe:
 
     def __init__(self, path: Path, test_fold: str, every: int = 1) -> None:
         """Reads the table at `path`, and of each row one window in `every`. Raises ValueError if it lacks the fold."""
-        table: Table = load_table(path)
-        if table.folds is None or test_fold not in table.folds:
+        table = load_dataset(f"table={path}")
+        folds = table.splits["folds"].parts if "folds" in table.splits else np.array([""])
+        if test_fold not in folds:
             raise ValueError(f"{path} has no fold {test_fold!r}; expected a column fold that holds it")
-        self.labels, self.groups, self.is_test = table.labels, table.groups, table.folds == test_fold
-        cut = [windows(decode(data))[::every] for data in table.audio]
+        self.labels, self.groups, self.is_test = labels_of(table), table.groups, folds == test_fold
+        audio = {row: data for (row,), data in table.read()}
+        cut = [windows(decode(audio[row]))[::every] for row in range(len(folds))]
         self.row_of_window = torch.from_numpy(np.repeat(np.arange(len(cut)), [len(part) for part in cut]))  # [w]
         self.spectrograms = spectrograms(torch.from_numpy(np.concatenate(cut)).float() / 32768)  # [w, 1, 192, 128]
 

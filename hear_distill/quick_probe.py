@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 
 from hear_distill.audio import DecodeError, decode
-from hear_distill.probes import NotMeasurable, average_precision, held_out_scores, linear_probe, task_folds
-from hear_distill.tasks import TableError, load_table, windows
+from hear_distill.eval_datasets import load_dataset
+from hear_distill.metrics import average_precision
+from hear_distill.probes import NotMeasurable, linear_probe, scores_of_masks
+from hear_distill.splits import Plan, Rows, plan_of
+from hear_distill.tasks import Dataset, DatasetError, Task, windows
 
 NUM_ROWS = 400  # of the table, as equally many of each label as there are
 NUM_WINDOWS = 2  # of a recording, evenly spread; the embedding of the recording is their mean
@@ -36,39 +39,30 @@ class QuickProbe:
     """The rows that are probed, decoded, and their tasks with their folds. Says what it found."""
 
     def __init__(self, path: Path) -> None:
-        """Raises TableError for a table that cannot be read, has mostly broken audio, or no label to be measured."""
-        table = load_table(path)
+        """Raises DatasetError for a table that cannot be read, has mostly broken audio, or no label to be measured."""
+        table = load_dataset(f"table={path}")
+        chosen = spread_rows(labels_of(table))
         unreadable: Counter[str] = Counter()
         samples, rows = [], []
-        chosen = spread_rows(table.labels)
-        for row in chosen:
+        for (row,), data in table.read():
+            if row not in chosen:
+                continue
             try:
-                found = windows(decode(table.audio[row] or b""))
+                found = windows(decode(data or b""))
             except DecodeError as e:
                 unreadable[e.reason] += 1
                 continue
             samples.append(found[np.linspace(0, len(found) - 1, min(NUM_WINDOWS, len(found))).round().astype(int)])
             rows.append(row)
         if unreadable.total() > MAX_UNREADABLE_SHARE * len(chosen):
-            raise TableError(f"{unreadable.total()} of {len(chosen)} rows of {path} are unreadable: {dict(unreadable)}")
+            raise DatasetError(
+                f"{unreadable.total()} of {len(chosen)} rows of {path} are unreadable: {dict(unreadable)}"
+            )
         self.samples = np.concatenate(samples)  # [w, 32000] int16
         self.owners = np.repeat(np.arange(len(rows)), [len(part) for part in samples])  # [w] place among the rows
-        self.groups = table.groups[rows]
-        self.tasks: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        """is_positive [r] and fold [r] by label"""
-        prescribed = None if table.folds is None else table.folds[rows]
-        problem = ""
-        for label, is_positive in table.tasks().items():
-            try:
-                folds = task_folds(is_positive[rows], self.groups, prescribed, SEED)
-            except NotMeasurable as e:
-                problem = f"{label}: {e}"
-                continue
-            self.tasks[label] = is_positive[rows], folds
-        if not self.tasks:
-            raise TableError(f"no label of {path} can be probed, such as {problem}; name another --probe-table")
+        self.plans = plans_of(table, np.array(rows))
         left_out = f", {unreadable.total()} of them unreadable" if unreadable else ""
-        print(f"quick probe: {len(chosen)} rows of {path}{left_out}, {len(self.tasks)} labels")
+        print(f"quick probe: {len(chosen)} rows of {path}{left_out}, {len(self.plans)} labels")
 
     def measure(self, embed: Embed) -> float:
         """Mean AP of the labels; NaN for embeddings that are not finite."""
@@ -76,15 +70,38 @@ class QuickProbe:
         embeddings = torch.cat(parts).double().cpu().numpy()  # [w, D]
         if not np.isfinite(embeddings).all():
             return float("nan")
-        features = np.zeros((len(self.groups), embeddings.shape[1]))  # [r, D]
+        features = np.zeros((self.owners[-1] + 1, embeddings.shape[1]))  # [r, D]
         np.add.at(features, self.owners, embeddings)
         features /= np.bincount(self.owners)[:, None]
         once = np.ones((1, len(features)), dtype=int)
-        precisions = [
-            average_precision(is_positive, held_out_scores(features, is_positive, self.groups, folds, fit), once).item()
-            for is_positive, folds in self.tasks.values()
-        ]
+        precisions = []
+        for plan in self.plans:
+            scores = scores_of_masks(features, plan.target, plan.groups, plan.splits[0], fit)  # [r]
+            precisions.append(average_precision(plan.target, scores, once).item())
         return float(np.mean(precisions))
+
+
+def labels_of(table: Dataset) -> np.ndarray:
+    """[r] text: of a table whose tasks are its labels, one against the rest."""
+    labels = np.empty(len(table.groups), dtype=object)
+    for name, task in table.tasks.items():
+        labels[task.labels.astype(bool)] = name
+    return labels.astype(str)
+
+
+def plans_of(table: Dataset, rows: np.ndarray) -> list[Plan]:
+    """The tasks that these rows suffice for, with their folds. Raises DatasetError if there is none."""
+    folds = table.splits["folds"].parts[rows] if "folds" in table.splits else None
+    plans, problem = [], ""
+    for name, task in table.tasks.items():
+        part = Task(kind="binary", labels=task.labels[rows], takes_part=np.ones(len(rows), bool))
+        try:
+            plans.append(plan_of(part, Rows(groups=table.groups[rows], folds=folds), SEED))
+        except NotMeasurable as e:
+            problem = f"{name}: {e}"
+    if not plans:
+        raise DatasetError(f"no label of {table.name} can be probed, such as {problem}; name another --probe-table")
+    return plans
 
 
 def fit(features: np.ndarray, is_positive: np.ndarray, _: np.ndarray) -> object:

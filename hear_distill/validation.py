@@ -33,7 +33,7 @@ class Validation:
     def __init__(
         self, lake: Lake, teacher: Teacher, frontend: nn.Module, device: torch.device, probe_table: Path | None = None
     ) -> None:
-        """`probe_table`: also probe these labelled recordings; TableError if that is not possible."""
+        """`probe_table`: also probe these labelled recordings; DatasetError if that is not possible."""
         self.lake, self.teacher, self.frontend, self.device = lake, teacher, frontend, device
         self.num_clips = int(lake.setting("val_clips"))
         self.anchor = np.empty((0, 0), np.int16)

@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score
 
 from hear_distill import quick_probe
 from hear_distill.quick_probe import QuickProbe, spread_rows
-from hear_distill.tasks import TableError
+from hear_distill.tasks import DatasetError
 
 
 def tone(hz: float, seconds: float, seed: int) -> bytes:
@@ -110,15 +110,15 @@ def test_rows_without_sound_are_left_out_and_told_of(tmp_path, capsys):
     audio[4] = {"bytes": b"no audio", "path": None}
     probe = QuickProbe(write_table(tmp_path / "t.parquet", audio=audio))
     assert "30 rows of" in (said := capsys.readouterr().out) and "1 of them unreadable" in said
-    assert len(probe.groups) == len(probe.samples) == 29
+    assert len(probe.plans[0].groups) == len(probe.samples) == 29
     assert probe.measure(spectrum) > 0.95
 
 
 def test_a_table_that_is_mostly_broken_or_has_no_label_to_measure_is_refused(tmp_path):
     broken = [{"bytes": b"no audio", "path": None}] * 30
-    with pytest.raises(TableError, match="30 of 30 rows"):
+    with pytest.raises(DatasetError, match="30 of 30 rows"):
         QuickProbe(write_table(tmp_path / "t.parquet", audio=broken))
-    with pytest.raises(TableError, match=r"no label of .* can be probed, such as .*groups"):
+    with pytest.raises(DatasetError, match=r"no label of .* can be probed, such as .*groups"):
         QuickProbe(write_table(tmp_path / "u.parquet", group=["one"] * 30))
 
 
