@@ -221,10 +221,12 @@ def fitted(config: Config, teacher: Teacher, ranks: Ranks = ALONE) -> Config:
     """The same batch in chunks that fit into the memory of every rank's GPU; each tries by itself."""
 
     def rehearse(size: int) -> None:
-        smaller = dataclasses.replace(config, chunk_size=size, chunks=2)
+        num_chunks = config.chunks * config.chunk_size // size if config.warmup == "critical" else 2
+        smaller = dataclasses.replace(config, chunk_size=size, chunks=max(2, num_chunks))
         rehearse_steps(new_learning(smaller, teacher), size, config.target_clips)
 
-    size = min(ranks.gather(chunk_that_fits(config.chunk_size, config.loss, torch.device(config.device), rehearse)))
+    device, sizes = torch.device(config.device), lengths.sizes_of(config.lengths)
+    size = chunk_that_fits(config.chunk_size, config.loss, device, rehearse, sizes, ranks)
     return dataclasses.replace(config, chunk_size=size, chunks=config.chunks * config.chunk_size // size)
 
 
@@ -289,7 +291,7 @@ def begin(run: Run, stop: StopRequest) -> bool:
     if config.teacher_precision == "bf16" or (config.teacher_precision == "auto" and config.device == "cuda"):
         to_bfloat16(learning.teacher, run.validation.anchor_part(PRECISION_CLIPS))
     if config.warmup == "critical":
-        learning.held_out = run.validation.anchor_part(config.chunk_size)
+        learning.hold_out(run.validation.anchor_part(config.chunk_size))
     if is_new:
         sample = run.feed.sample(config.target_clips)
         learning.start_with(measure(learning.teacher, config.loss, sample, config.seed, run.ranks))
@@ -451,6 +453,8 @@ def check(config: Config) -> None:
         raise UserError(f"--consume reuse is for one GPU on a lake, and there are {num_local} ranks on this machine")
     if config.wandb:
         require_wandb()
+    if config.probe_table is not None and not config.probe_table.is_file():
+        raise UserError(f"--probe-table {config.probe_table} is no file; name a table of recordings and their labels")
     if len(config.lengths) > 1 and num_ranks > 1:
         raise UserError(f"--lengths is for one GPU, and there are {num_ranks} ranks; leave it out")
     if (config.lake / "ledger.sqlite").exists():

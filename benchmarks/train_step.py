@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hear_distill.data import Drawing, LakeReader, ordinary_memory
+from hear_distill.data import Drawing, ordinary_memory
 from hear_distill.feed import Feed, View, pinned_memory
 from hear_distill.fit import random_objective
 from hear_distill.frontend import MelPcen
@@ -111,7 +111,7 @@ def take_step(feed: Feed, learning: Learning, stop: StopRequest) -> None:
         batch = feed.next(stop, lambda: time.sleep(0.001))
         if batch is None:
             raise SystemExit("asked to stop")
-        learning.add(feed.spectrogram(batch), batch.ids)
+        learning.add(feed.spectrogram(batch), feed.names(batch.ids))
     learning.finish_step()
     feed.mark_trained(learning.ids())
 
@@ -183,15 +183,15 @@ def measure(size: Size, folder: Path, device: torch.device) -> dict[str, Any]:
     lake = make_lake(folder / "lake", 2 * NUM_OPEN, size.shard_clips)
     owner = Owner(lake.root, "train")
     drawing = Drawing(run="benchmark", seed=SEED, num_open=NUM_OPEN, batch_size=size.chunk, reuse=True)
-    reader = LakeReader(lake, owner, drawing, allocate=pinned_memory if device.type == "cuda" else ordinary_memory)
-    feed, stop = Feed(reader, View(MelPcen().to(device), device, SEED, PAD_SHARE)), StopRequest()
+    view, stop = View(MelPcen().to(device), device, SEED, PAD_SHARE), StopRequest()
+    feed = Feed(lake, owner, drawing, view, allocate=pinned_memory if device.type == "cuda" else ordinary_memory)
     try:
         plain = make_learning(size, make_teacher(size, folder, device, is_plain=True), device, is_plain=True)
         flops = flops_per_clip(plain, device)
         ours = make_learning(size, make_teacher(size, folder, device, is_plain=False), device, is_plain=False)
         return {"flops": flops, **time_in_turn(size, feed, ours, plain, stop)}
     finally:
-        reader.close()
+        feed.reader.close()
         owner.release()
         lake.close()
 

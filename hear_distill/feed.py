@@ -123,8 +123,10 @@ class Feed:
         """clips that were handed out for a step that is not whole yet"""
         self.waited_s = 0.0
         """for data, since this process began"""
-        self.num_long = self.num_broken_up = 0
+        self.num_long, self.num_broken_up = state.get("lengths", (0, 0))
         """clips of longer sounds, and clips that were to be part of one, since these were last taken"""
+        self.covered_lengths = (self.num_long, self.num_broken_up)
+        """of whole steps"""
         shares = state["lakes"].get(self.lakes[self.number], [])
         self._open(taken_up(shares, len(self.mates))[self.place], state["num_batches"])
 
@@ -227,6 +229,7 @@ class Feed:
         for want of enough of one length."""
         counts = {"long_clips": self.num_long, "broken_up_clips": self.num_broken_up}
         self.num_long = self.num_broken_up = 0
+        self.covered_lengths = (0, 0)
         return counts
 
     def names(self, ids: Sequence[ClipId]) -> list[Name]:
@@ -237,6 +240,7 @@ class Feed:
         """The step is whole; these were its clips, of this rank."""
         self.reader.mark_trained([(shard, clip) for _, shard, clip in names])
         self.num_pending, self.covered = 0, self.reader.state()
+        self.covered_lengths = (self.num_long, self.num_broken_up)
 
     # ---- books ----
 
@@ -245,6 +249,7 @@ class Feed:
         read = self._by_lake({part: self.covered[part] for part in PARTS})
         return {
             "num_batches": self.covered["num_batches"],
+            "lengths": self.covered_lengths,
             "lakes": {name: read[name] if name in read else self.left_alone[name] for name in self.lakes},
         }
 

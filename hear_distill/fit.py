@@ -10,7 +10,7 @@ B clips of a chunk   E embedding   P width of the teacher's tokens   M rows of t
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -20,16 +20,25 @@ from hear_distill.files import UserError
 from hear_distill.frontend import CLIP_SAMPLES, NUM_MELS, num_rows
 from hear_distill.learning import Learning
 from hear_distill.objective import NUM_PROTOTYPES, LossConfig, Objective
+from hear_distill.ranks import ALONE, Ranks
 from hear_distill.teacher import Teacher
 
 DEVICES = ("cuda",)  # that say when their memory ends; where a computer's own memory ends, so does the process
 NUM_STEPS = 2  # the moments of the optimiser are made in the first and are there in the second
 
 
-def chunk_that_fits(chunk_size: int, loss: LossConfig, device: torch.device, rehearse: Callable[[int], None]) -> int:
+def chunk_that_fits(
+    chunk_size: int,
+    loss: LossConfig,
+    device: torch.device,
+    rehearse: Callable[[int], None],
+    sizes: Sequence[int] = (1,),
+    ranks: Ranks = ALONE,
+) -> int:
     """`chunk_size` or the largest of its halves for which `rehearse` does not run out of memory; said if it is a half.
 
-    Elsewhere than on DEVICES nothing is tried. With several ranks, all must take the smallest answer.
+    Elsewhere than on DEVICES nothing is tried. A chunk holds two sounds or more, and whole ones, of each of `sizes`, in
+    clips. Each rank tries by itself, and all take the smallest answer.
 
     Raises:
         UserError: a chunk that does not fit may not be halved, as it is part of the loss, or cannot be.
@@ -42,15 +51,17 @@ def chunk_that_fits(chunk_size: int, loss: LossConfig, device: torch.device, reh
                 f"{found}, and --loss.negatives batch compares the clips of a chunk with each other, so a smaller one "
                 f"is another loss; choose it by --chunk-size (and --chunks), or take --loss.negatives queue"
             )
-        if size % 2 or size < 4:
+        if size % 2 or any(size // 2 % clips or size // 2 < 2 * clips for clips in sizes):
             raise UserError(
-                f"{found}, and cannot be halved (2 clips are the least); choose another --chunk-size, "
-                f"or a smaller --model, or look with nvidia-smi who else uses that memory"
+                f"{found}, and cannot be halved (it must hold two whole sounds, of {2 * max(sizes)} s); choose another "
+                f"--chunk-size, or a smaller --model, or look with nvidia-smi who else uses that memory"
             )
         size //= 2
+    size = min(ranks.gather(size))
     if size < chunk_size:
+        which = "the" if ranks.size == 1 else "every"
         print(
-            f"a chunk of {chunk_size} clips does not fit into the memory of the GPU; "
+            f"a chunk of {chunk_size} clips does not fit into the memory of {which} GPU; "
             f"{chunk_size // size} times as many chunks of {size} make the same batch"
         )
     return size
@@ -71,7 +82,8 @@ def _fits(size: int, rehearse: Callable[[int], None]) -> bool:
 
 
 def rehearse_steps(learning: Learning, size: int, queue_rows: int) -> None:
-    """Two steps of a new `learning` on noise, in chunks of `size` clips, also where they look for the critical rate.
+    """Two steps of a new `learning` on noise, in chunks of `size` clips. If a run looks for the critical rate now and
+    then, both do: such a step keeps all of its chunks, and looks in float32.
 
     With several ranks, each rehearses alone: one whose memory ends must not leave the others waiting for it.
     """
@@ -81,7 +93,9 @@ def rehearse_steps(learning: Learning, size: int, queue_rows: int) -> None:
     shape = (size, 1, num_rows(CLIP_SAMPLES), NUM_MELS)
     learning.held_out = torch.rand(shape, generator=generator, device=device)
     for step in range(NUM_STEPS):
-        for chunk in range(learning.begin_step().num_chunks):
+        num_chunks = learning.begin_step().num_chunks
+        learning.wants_probe = learning.pace.is_critical
+        for chunk in range(num_chunks):
             spectrogram = torch.rand(shape, generator=generator, device=device)  # [B, 1, 192, 128]
             learning.add(spectrogram, [(step, chunk * size + clip) for clip in range(size)])
         learning.finish_step()

@@ -90,6 +90,15 @@ class Learning:
         self.held_out: Tensor | None = None
         """[B, 1, 192, 128] that no step sees, for the critical rate"""
 
+    def hold_out(self, spectrogram: Tensor) -> None:
+        """[B, 1, 192, 128] for the critical rate. Raises UserError for fewer than two clips."""
+        if len(spectrogram) < 2:
+            raise UserError(
+                f"--warmup critical needs two clips or more in the anchor validation of the lake, found "
+                f"{len(spectrogram)}; take --warmup linear, or make a lake with --val-clips"
+            )
+        self.held_out = spectrogram
+
     def is_done(self) -> bool:
         """Whether all clips of the schedule were seen."""
         return self.samples >= self.pace.control.schedule.total_samples
@@ -229,5 +238,8 @@ class Learning:
         """Take up what `state_dict` gave."""
         self.step, self.samples = state["step"], state["samples"]
         self.objective = Objective(self.teacher, self.loss, state["objective"], self.device)
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
+        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay  # a setting of this process, which the optimiser's own state would undo

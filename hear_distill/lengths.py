@@ -106,7 +106,7 @@ def check(seconds: Sequence[int], chunk_size: int, controller: str) -> None:
                 f"holds two or more, and a whole number"
             )
     if len(seconds) > 1 and controller in ("batch", "seesaw"):
-        raise ValueError(f"--controller {controller} needs the noise of all steps: take --lengths {CLIP_S} with it")
+        raise ValueError(f"--controller {controller} makes steps of other numbers of chunks: take --lengths {CLIP_S}")
 
 
 def sizes_of(seconds: Sequence[int]) -> tuple[int, ...]:

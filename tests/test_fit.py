@@ -8,6 +8,7 @@ import json
 import signal
 import weakref
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,6 +75,23 @@ def test_a_chunk_whose_clips_are_each_others_negatives_is_never_halved(cpu_memor
     assert chunk_that_fits(64, BATCH, CPU, memory_for(64, tried)) == 64
 
 
+def test_a_chunk_is_halved_as_long_as_it_holds_two_whole_sounds_of_each_length(cpu_memory_ends):
+    tried: list[int] = []
+    with pytest.raises(fit.UserError, match=r"a chunk of 12 clips does not fit.*two whole sounds, of 12 s"):
+        chunk_that_fits(48, QUEUE, CPU, memory_for(1, tried), sizes=(1, 2, 6))
+    assert tried == [48, 24, 12]
+    assert chunk_that_fits(48, QUEUE, CPU, memory_for(23, tried), sizes=(1, 6)) == 12
+    with pytest.raises(fit.UserError, match="a chunk of 24 clips"):
+        chunk_that_fits(24, QUEUE, CPU, memory_for(1, tried), sizes=(1, 8))
+
+
+def test_the_smallest_chunk_of_all_ranks_is_taken_and_said_also_by_a_rank_whose_own_is_larger(cpu_memory_ends, capsys):
+    ranks = SimpleNamespace(size=3, gather=lambda size: [size, 24, 48])
+    assert chunk_that_fits(96, QUEUE, CPU, memory_for(96, []), ranks=ranks) == 24
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and "every GPU; 4 times as many chunks of 24 " in said[0]
+
+
 def test_on_a_cpu_nothing_is_tried():
     tried: list[int] = []
     assert chunk_that_fits(64, QUEUE, CPU, memory_for(1, tried)) == 64
@@ -110,7 +128,7 @@ def test_what_a_rehearsal_held_is_free_before_the_next_and_its_random_numbers_ar
 def test_a_rehearsal_is_two_steps_of_any_recipe_by_the_code_of_a_run(teacher, capsys, loss, is_critical):
     frozen = load_teacher(teacher)
     before = {name: value.clone() for name, value in frozen.state_dict().items()}
-    control = Control(schedule=Schedule(warmup_samples=16, total_samples=1000), chunk_samples=6)
+    control = Control(schedule=Schedule(warmup_samples=640, total_samples=1000), chunk_samples=6)  # no look is due
     learning = Learning(frozen, MODEL, loss, Pace(control, "off", is_critical, CPU), 0.05, seed=0)
     started = {name: value.clone() for name, value in learning.learner.state_dict().items()}
     rehearse_steps(learning, 6, queue_rows=40)
@@ -187,6 +205,36 @@ def test_the_batch_and_the_largest_that_a_controller_may_ask_for_stay_as_they_we
     assert dataclasses.replace(smaller, chunk_size=48, chunks=3) == config
 
 
+@pytest.mark.parametrize(("warmup", "num_chunks"), [("linear", {2}), ("critical", {6, 12, 24})])
+def test_a_rehearsal_has_as_many_chunks_as_a_step_only_where_a_step_keeps_them_all(
+    teacher, cpu_memory_ends, monkeypatch, warmup, num_chunks
+):
+    stage, found = load_stage(TRAINER), []
+    config = stage.Config(device="cpu", chunk_size=16, chunks=6, warmup=warmup, model=MODEL, target_clips=20)
+    monkeypatch.setattr(stage.Learning, "losses_of", stage.Learning.losses_of)  # to be put back
+    limit(stage, 4)
+    rehearse = stage.rehearse_steps
+    monkeypatch.setattr(
+        stage,
+        "rehearse_steps",
+        lambda learning, *rest: (
+            found.append((learning.pace.control.chunk_samples, learning.pace.control.base_chunks)),
+            rehearse(learning, *rest),
+        ),
+    )
+    stage.fitted(config, load_teacher(teacher))
+    assert [size for size, _ in found] == [16, 8, 4] and {chunks for _, chunks in found} == num_chunks
+
+
+def test_a_run_of_longer_sounds_that_do_not_fit_is_refused_in_our_words(teacher, cpu_memory_ends, monkeypatch):
+    stage = load_stage(TRAINER)
+    config = stage.Config(device="cpu", chunk_size=8, lengths=(2, 8), model=MODEL, target_clips=20)
+    monkeypatch.setattr(stage.Learning, "losses_of", stage.Learning.losses_of)  # to be put back
+    limit(stage, 4)
+    with pytest.raises(fit.UserError, match="two whole sounds, of 8 s"):
+        stage.fitted(config, load_teacher(teacher))
+
+
 def test_a_run_whose_chunk_is_its_loss_is_refused_before_it_touches_the_lake(training):
     run = training(loss__negatives="batch", loss__patch=0.0, chunk_size=4)
     ended = run.run(edit=small_gpu)
@@ -194,3 +242,13 @@ def test_a_run_whose_chunk_is_its_loss_is_refused_before_it_touches_the_lake(tra
     lake = Lake.open(run.lake)
     assert not lake.db.execute("SELECT 1 FROM shards WHERE state = 'leased'").fetchall()
     lake.close()
+
+
+# ---- other refusals that come before anything is loaded ----
+
+
+def test_a_table_to_probe_that_is_not_there_is_refused_by_check(tmp_path):
+    stage = load_stage(TRAINER)
+    config = stage.Config(device="cpu", lake=tmp_path, probe_table=tmp_path / "none.parquet")
+    with pytest.raises(fit.UserError, match=r"--probe-table .*none.parquet is no file"):
+        stage.check(config)

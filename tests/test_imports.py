@@ -38,7 +38,7 @@ ALLOWED = {
     "evaluation_report": {"bootstrap", "measure", "published"},
     "feed": {"augment", "data", "frontend", "lake", "locks", "ranks", "runlog", "sample", "shares"},
     "files": set(),
-    "fit": {"files", "frontend", "learning", "objective", "teacher"},
+    "fit": {"files", "frontend", "learning", "objective", "ranks", "teacher"},
     "flusense": {"audio", "hub_files", "tabular", "tasks"},
     "frontend": set(),
     "fsd50k": {"hub_files", "tabular", "tasks"},

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hear_distill.files import UserError
 from hear_distill.learning import Learning
 from hear_distill.objective import Learner, LossConfig, Objective, embed, measure
 from hear_distill.pace import NUM_KEPT, Pace, is_passed
@@ -153,6 +154,26 @@ def test_a_state_that_is_taken_up_gives_the_same_targets_and_losses(frozen):
     assert torch.equal(ours.embedding, theirs.embedding) and torch.equal(ours.patches, theirs.patches)
     losses = [o.losses_of(first.learner, images, ours, 0.9) for o in (objective, first.objective)]
     assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[1])
+
+
+def test_a_resumed_run_has_the_weight_decay_that_is_asked_for_now(frozen):
+    first = learning_of(frozen, BEST)
+    step(first, 1)
+    resumed = Learning(frozen, MODEL, BEST, Pace(first.pace.control, "off", False, CPU), weight_decay=0.5, seed=0)
+    resumed.load_state_dict(first.state_dict())
+    assert [group["weight_decay"] for group in resumed.optimizer.param_groups] == [0.5, 0.0]
+
+
+def test_weights_without_a_term_to_balance_are_refused_before_the_run():
+    with pytest.raises(ValueError, match="other than patch"):
+        LossConfig(mse=0, relational=0, contrastive=0, patch=0.5, weighting="balanced")
+    assert LossConfig(mse=0, relational=0, contrastive=0, patch=0.5).patch == 0.5
+
+
+@pytest.mark.parametrize("num_clips", [0, 1])
+def test_the_critical_rate_is_not_looked_for_on_too_few_clips(frozen, num_clips):
+    with pytest.raises(UserError, match=f"two clips or more in the anchor.*found {num_clips}; take --warmup linear"):
+        learning_of(frozen, BEST, is_critical=True).hold_out(spectrograms(num_clips, seed=1))
 
 
 def test_the_patch_term_fades_over_the_last_fifth(frozen):
