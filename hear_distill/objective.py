@@ -48,11 +48,6 @@ class LossConfig(LossWeights):
     """of the relational and the contrastive term: teacher embeddings of earlier clips, or, as published, the other
     clips of the chunk"""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.weighting == "balanced" and not max(self.mse, self.relational, self.contrastive, self.prototype):
-            raise ValueError("weighting balanced needs a weight above 0 for a term other than patch; take given")
-
     def weights(self) -> LossWeights:
         """The weights alone."""
         return LossWeights(**{field.name: getattr(self, field.name) for field in fields(LossWeights)})

@@ -164,12 +164,6 @@ def test_a_resumed_run_has_the_weight_decay_that_is_asked_for_now(frozen):
     assert [group["weight_decay"] for group in resumed.optimizer.param_groups] == [0.5, 0.0]
 
 
-def test_weights_without_a_term_to_balance_are_refused_before_the_run():
-    with pytest.raises(ValueError, match="other than patch"):
-        LossConfig(mse=0, relational=0, contrastive=0, patch=0.5, weighting="balanced")
-    assert LossConfig(mse=0, relational=0, contrastive=0, patch=0.5).patch == 0.5
-
-
 @pytest.mark.parametrize("num_clips", [0, 1])
 def test_the_critical_rate_is_not_looked_for_on_too_few_clips(frozen, num_clips):
     with pytest.raises(UserError, match=f"two clips or more in the anchor.*found {num_clips}; take --warmup linear"):
