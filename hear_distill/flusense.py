@@ -1,7 +1,7 @@
 """FluSense: sounds of waiting rooms and of AudioSet videos, cut into labelled intervals; seven labels are our tasks.
 
-in:   vtsouval/flusense (columns audio, label: one row per interval); or a folder
-out:  Dataset: folds by recording, which is read from the name of the sound file
+in:   vtsouval/flusense (columns audio, label: one row per interval); or a folder; or such a table with a column group
+out:  Dataset: folds by recording, which is the group or, where there is none, read from the name of the sound file
 
 A folder may hold Parquet files, or the official release: sound files and their TextGrids (praat) of the same stem.
 From these an interval of less than 2 s is widened to 2 s of the sound around it; the hub's copy has only the interval.
@@ -63,8 +63,10 @@ def _of_parquet(files: list[Path], revision: str) -> Dataset:
     rows = ParquetRows(files)
     labels = [text.strip().lower() for text in rows.text("label")]
     kept, notes, problems = _known(labels)
-    recordings = [recording_of(path) for path in rows.paths()]
-    groups, ungrouped = _groups([recordings[i] for i in kept])
+    # A table that names its groups is believed; the hub's copy has no such column.
+    are_named = "group" in rows.names
+    recordings = rows.text("group") if are_named else [recording_of(path) for path in rows.paths()]
+    groups, ungrouped = _groups([recordings[i] for i in kept], are_named)
     if ungrouped:
         notes.append(f"ungrouped: leakage possible; {ungrouped} rows do not tell the recording that they were cut from")
     return _dataset(
@@ -153,13 +155,13 @@ def recording_of(path: str) -> str:
     return ""
 
 
-def _groups(recordings: list[str]) -> tuple[np.ndarray, int]:
+def _groups(recordings: list[str], are_named: bool) -> tuple[np.ndarray, int]:
     """[r] groups, and the number of rows that stand alone because nobody knows their recording.
 
-    Ids that hardly repeat are no recordings, whatever they look like: then no row is trusted.
+    Ids that hardly repeat are no recordings, whatever they look like: unless a column names them, no row is trusted.
     """
     told = [recording for recording in recordings if recording]
-    if len(told) < MIN_ROWS_PER_RECORDING * len(set(told)):
+    if not are_named and len(told) < MIN_ROWS_PER_RECORDING * len(set(told)):
         recordings = [""] * len(recordings)
     groups = [recording or f"row {row}" for row, recording in enumerate(recordings)]
     return np.array(groups, dtype=str), recordings.count("")

@@ -155,11 +155,17 @@ def flusense_rows(num_rows: int = 96) -> list[tuple[str, str, bytes]]:
     ]
 
 
-def write_flusense(path: Path, rows: Sequence[tuple[str, str | None, bytes]], as_classes: bool = False) -> Path:
+def write_flusense(
+    path: Path,
+    rows: Sequence[tuple[str, str | None, bytes]],
+    as_classes: bool = False,
+    groups: Sequence[str] | None = None,
+) -> Path:
     labels, names, sounds = zip(*rows, strict=True)
     classes = {"label": sorted(set(labels))} if as_classes else {}
     column = [classes["label"].index(label) for label in labels] if as_classes else list(labels)
-    return write_parquet(path, {"audio": audio_column(sounds, names), "label": column}, classes)
+    more = {"group": list(groups)} if groups else {}
+    return write_parquet(path, {"audio": audio_column(sounds, names), "label": column, **more}, classes)
 
 
 def write_text_grid(path: Path, intervals: Sequence[tuple[float, float, str]]) -> None:

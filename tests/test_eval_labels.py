@@ -128,6 +128,15 @@ def test_flusense_labels_may_be_numbers_of_classes(tmp_path):
     }
 
 
+def test_a_flusense_table_that_names_its_groups_is_grouped_by_them_even_if_they_hardly_repeat(tmp_path):
+    rows = [(label, f"cough_{i:05}.wav", data) for i, (label, _, data) in enumerate(lookalikes.flusense_rows())]
+    groups = [f"speaker {i // 2}" if i else "" for i in range(len(rows))]
+    dataset = load_dataset(f"flusense={lookalikes.write_flusense(tmp_path / 'a.parquet', rows, groups=groups)}")
+    named = {str(group) for group in dataset.groups if str(group).startswith("speaker")}
+    assert len(named) > len(dataset.groups) / 2 - 2 and dataset.groups[1] == "speaker 0"
+    assert dataset.is_ungrouped and any("1 rows do not tell" in note for note in dataset.notes)
+
+
 @pytest.mark.parametrize(
     "name",
     [lambda i: None, lambda i: f"cough_{i:05d}.wav", lambda i: f"{i:011d}.wav", lambda i: f"{i:03d}aBcDeFgH_1.wav"],
