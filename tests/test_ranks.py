@@ -27,6 +27,7 @@ from train_tools import (
     TRAINER,
     Ended,
     Training,
+    end_runs,
     load_stage,
     set_cap,
     sounds_in,
@@ -49,9 +50,7 @@ WIDE = {"log_every": 16, "save_every": 48}  # of steps of 8 clips
 @pytest.fixture(autouse=True)
 def nothing_goes_on_after_the_test():
     yield
-    for process in multiprocessing.active_children():
-        process.kill()
-        process.join()
+    end_runs()
 
 
 def meeting_point(num_ranks: int) -> tuple[TCPStore, dict[str, str]]:

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import json
 import math
-import multiprocessing
 import random
 import signal
 import time
@@ -20,7 +19,7 @@ import pytest
 import torch
 from lake_tools import stream
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from train_tools import SMALL_SHARDS, Training, set_cap, sounds_in
+from train_tools import SMALL_SHARDS, Training, end_runs, set_cap, sounds_in
 
 from hear_distill import checkpoint
 from hear_distill.files import GIB
@@ -36,9 +35,7 @@ NOT_THE_STORY = {"time", "clips_per_s", "waited_s"}  # of a metrics line: they t
 @pytest.fixture(autouse=True)
 def nothing_goes_on_after_the_test():
     yield
-    for process in multiprocessing.active_children():
-        process.kill()
-        process.join()
+    end_runs()
 
 
 def story_of(run: Path) -> list[dict]:

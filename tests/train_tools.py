@@ -49,6 +49,14 @@ def load_stage(path: Path) -> ModuleType:
     return stage
 
 
+def end_runs() -> None:
+    """Kill the runs that a test has left behind; joblib's workers are children of this process too, but not ours."""
+    for process in multiprocessing.active_children():
+        if isinstance(process, FORKS.Process):
+            process.kill()
+            process.join()
+
+
 @dataclass(frozen=True)
 class Ended:
     """A run that is over."""
