@@ -63,7 +63,7 @@ def test_each_validation_comes_with_a_probe_of_the_table(training, tmp_path):
 
 def test_a_table_that_is_not_there_ends_the_run_before_its_first_step(training, tmp_path):
     run = training(probe_table=tmp_path / "nowhere.parquet")
-    assert "no table at" in refusal_of(run)
+    assert "nowhere.parquet is no file; name a table" in refusal_of(run)
     assert not (run.out / "latest.pt").exists()
 
 

@@ -10,8 +10,10 @@ from lake_tools import make_lake
 from torch import nn
 from train_tools import TRAINER, load_stage, set_cap
 
+from hear_distill.feed import Feed
 from hear_distill.files import UserError
 from hear_distill.learning import make_optimizer, step_if_finite
+from hear_distill.ranks import ALONE
 from hear_distill.student import Student, StudentConfig
 
 RECORD_BYTES, END_BYTES = 66_560, 1_024  # of a shard, from datalake/README.md
@@ -88,12 +90,17 @@ def test_a_cap_without_room_for_what_is_in_flight_is_refused_with_the_sum(stage,
     assert [text for text in expected if text not in str(refused.value)] == []
 
 
-def test_trainer_and_streamer_agree_on_when_a_lake_is_full(stage, tmp_path, monkeypatch):
-    """One byte less than a streamer reserves for ten clips: one end of a file for each of two parts."""
-    lake, saves = make_lake(tmp_path, shard_clips=10), []
-    set_cap(tmp_path, 10 * RECORD_BYTES + 2 * END_BYTES - 1)
-    monkeypatch.setattr(stage, "save", lambda run: saves.append(run) or setattr(run, "saves_here", len(saves)))
-    feed = SimpleNamespace(reader=SimpleNamespace(holds_trained_shards=lambda: True))
-    stage.free_room_if_blocked(SimpleNamespace(lake=lake, feed=feed, saves_here=0))
+def test_a_lake_is_full_for_the_trainer_when_it_is_for_a_streamer(tmp_path):
+    """A streamer reserves ten clips, and one end of a file for each of two parts; a byte less is too little."""
+    lake = make_lake(tmp_path, shard_clips=10)
+    for missing in (0, 1):
+        set_cap(tmp_path, 10 * RECORD_BYTES + 2 * END_BYTES - missing)
+        feed = Feed.__new__(Feed)  # of which the test needs no more than this
+        feed.held, feed.num_pending, feed.lake, feed.ranks = None, 0, lake, ALONE
+        feed.reader = SimpleNamespace(
+            next_batch=lambda: None, is_drained=lambda: False, holds_trained_shards=lambda: True
+        )
+        feed.lake_of_rank = ["this"]
+        feed._look(stop=False)
+        assert feed.must_save() == (missing == 1)
     lake.close()
-    assert len(saves) == 2
