@@ -35,6 +35,7 @@ from torchaudio.transforms import MFCC
 
 from hear_distill.eval_datasets import load_dataset
 from hear_distill.probes import masks_of, require_no_leak
+from hear_distill.tasks import labels_of
 
 PUBLISHED = {"k-NN": 0.667, "SVM": 0.675, "random forest": 0.727}
 RATE_HZ = 44_100
@@ -95,11 +96,8 @@ def read_table(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarr
     dataset = load_dataset(f"table={path}")
     if "folds" not in dataset.splits:
         raise ValueError(f"{dataset.name} has no column fold; the published numbers are for the published folds")
-    labels = np.empty(len(dataset.groups), dtype=object)
-    for name, task in dataset.tasks.items():
-        labels[task.labels] = name
     features = features_of(data for _, data in dataset.read())
-    return features, labels.astype(str), dataset.groups, dataset.splits["folds"].parts
+    return features, labels_of(dataset), dataset.groups, dataset.splits["folds"].parts
 
 
 def main(path: Path) -> None:

@@ -21,12 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hear_distill.audio import CLIP_SAMPLES, decode
+from hear_distill.audio import CLIP_SAMPLES, decode, windows
 from hear_distill.eval_datasets import load_dataset
 from hear_distill.frontend import MelPcen
 from hear_distill.probes import average_precision, choose_and_fit
-from hear_distill.quick_probe import labels_of
-from hear_distill.tasks import windows
+from hear_distill.tasks import labels_of
 
 MIX_SHARE = 0.5
 MIX_DB = 6.0  # the second recording is at most so much louder or quieter

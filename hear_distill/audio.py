@@ -17,6 +17,7 @@ from hear_distill import mp3
 SAMPLE_RATE = 16_000
 CLIP_SAMPLES = 32_000  # 2 s: the only length that HeAR takes
 MIN_RATE_HZ, MAX_RATE_HZ = 4_000, 384_000  # a header is not to be trusted: at 1 Hz, 300 kB become gigabytes
+WINDOW_HOP_SAMPLES = SAMPLE_RATE  # of the evaluation, 1 s: neighbouring windows share half of their sound
 MAX_LEVEL = 1e6  # of full scale; a float WAV may hold anything, and sums of 1e38 are infinite
 MAX_HOURS = 24  # of one recording; a FLAC of silence of 512 MiB is weeks long
 BAND_FRAMES, BAND_FRAME_SAMPLES = 4, 1024  # of a clip, in 30 us; what these miss, the next clips have
@@ -56,6 +57,27 @@ def clip_starts(num_samples: int, min_tail: int = SAMPLE_RATE) -> list[int]:
     if starts and last_start - starts[-1] >= min_tail:
         starts.append(last_start)
     return starts
+
+
+def window_starts(num_samples: int, hop: int) -> list[int]:
+    """Starts of windows of 2 s that together hold every sample, one every `hop` samples, the last flush with the end.
+
+    >>> window_starts(80_000, 16_000), window_starts(32_001, 16_000), window_starts(5, 16_000)
+    ([0, 16000, 32000, 48000], [0, 1], [0])
+    """
+    last = max(num_samples - CLIP_SAMPLES, 0)
+    return [*range(0, last, hop), last]
+
+
+def windows(samples: np.ndarray) -> np.ndarray:
+    """[n] -> [w, 32000]: windows of 2 s, a new one every second, which together hold every sample.
+
+    The last window ends with the recording, so it may overlap its neighbour by more than a second, and a recording of
+    2 s or more is never padded. A shorter one gives one window, completed with zeros at its end.
+    """
+    starts = window_starts(len(samples), WINDOW_HOP_SAMPLES)
+    padded = np.pad(samples, (0, max(CLIP_SAMPLES - len(samples), 0)))
+    return np.stack([padded[start : start + CLIP_SAMPLES] for start in starts])
 
 
 def downmix(frames: np.ndarray) -> np.ndarray:

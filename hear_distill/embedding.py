@@ -15,7 +15,7 @@ import soxr
 import torch
 from torch import Tensor, nn
 
-from hear_distill.audio import CLIP_SAMPLES, MAX_LEVEL, MAX_RATE_HZ, MIN_RATE_HZ, SAMPLE_RATE, downmix
+from hear_distill.audio import CLIP_SAMPLES, MAX_LEVEL, MAX_RATE_HZ, MIN_RATE_HZ, SAMPLE_RATE, downmix, window_starts
 from hear_distill.frontend import MelPcen
 
 HOP_S = 1.0  # the evaluation's: neighbouring windows share half of their sound
@@ -85,16 +85,6 @@ def hop_samples(hop_s: float) -> int:
     if not 1 <= hop_s * SAMPLE_RATE <= CLIP_SAMPLES:
         raise WaveformError(f"hop_s must be above 0 and at most {CLIP_SAMPLES // SAMPLE_RATE}, got {hop_s}")
     return round(hop_s * SAMPLE_RATE)
-
-
-def window_starts(num_samples: int, hop: int) -> list[int]:
-    """Starts of windows that together hold every sample, the last flush with the end, as in the evaluation.
-
-    >>> window_starts(80_000, 16_000), window_starts(32_001, 16_000), window_starts(5, 16_000)
-    ([0, 16000, 32000, 48000], [0, 1], [0])
-    """
-    last = max(num_samples - CLIP_SAMPLES, 0)
-    return [*range(0, last, hop), last]
 
 
 def mono_16k(waveform: Any, sample_rate: float) -> np.ndarray:

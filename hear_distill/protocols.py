@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hear_distill.audio import CLIP_SAMPLES, SAMPLE_RATE
+from hear_distill.audio import CLIP_SAMPLES, SAMPLE_RATE, windows
 from hear_distill.embedders import Embedder
 from hear_distill.files import UserError
 from hear_distill.frontend import CLIP_ROWS, NUM_MELS
-from hear_distill.tasks import windows
 
 PEAK_SAMPLES, PEAK_HOP_SAMPLES = 800, 160  # 50 ms, one every 10 ms
 CHUNK_SAMPLES = 30 * SAMPLE_RATE  # the longest forward; FSD50K, whose clips are no longer, is never cut

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hear_distill.audio import DecodeError, decode
+from hear_distill.audio import DecodeError, decode, windows
 from hear_distill.eval_datasets import load_dataset
 from hear_distill.metrics import average_precision
 from hear_distill.probes import NotMeasurable, linear_probe, scores_of_masks
 from hear_distill.splits import Plan, Rows, plan_of
-from hear_distill.tasks import Dataset, DatasetError, Task, windows
+from hear_distill.tasks import Dataset, DatasetError, Task, labels_of
 
 NUM_ROWS = 400  # of the table, as equally many of each label as there are
 NUM_WINDOWS = 2  # of a recording, evenly spread; the embedding of the recording is their mean
@@ -79,14 +79,6 @@ class QuickProbe:
             scores = scores_of_masks(features, plan.target, plan.groups, plan.splits[0], fit)  # [r]
             precisions.append(average_precision(plan.target, scores, once).item())
         return float(np.mean(precisions))
-
-
-def labels_of(table: Dataset) -> np.ndarray:
-    """[r] text: of a table whose tasks are its labels, one against the rest."""
-    labels = np.empty(len(table.groups), dtype=object)
-    for name, task in table.tasks.items():
-        labels[task.labels.astype(bool)] = name
-    return labels.astype(str)
 
 
 def plans_of(table: Dataset, rows: np.ndarray) -> list[Plan]:

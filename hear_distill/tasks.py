@@ -1,9 +1,9 @@
-"""What an evaluation dataset is: recordings, groups, tasks, prescribed splits. And the windows of a recording.
+"""What an evaluation dataset is: recordings, groups, tasks, prescribed splits.
 
 in:   what a loader (fsd50k, flusense, coswara, icbhi, circor, eval_datasets) found in files
 out:  Dataset: labels and groups at once, sounds one by one; no group is on both sides of a split
 
-n samples at 16 kHz   w windows   r rows, each of which is one example   f files
+n samples at 16 kHz   r rows, each of which is one example   f files
 """
 
 import hashlib
@@ -15,10 +15,9 @@ from typing import Literal
 import numpy as np
 from scipy import signal
 
-from hear_distill.audio import CLIP_SAMPLES, SAMPLE_RATE, DecodeError, decode, to_int16
+from hear_distill.audio import SAMPLE_RATE, DecodeError, decode, to_int16
 from hear_distill.files import UserError
 
-HOP_SAMPLES = SAMPLE_RATE  # 1 s: neighbouring windows share half of their sound
 LAYOUT = "expected columns audio {bytes, path}, label, group and perhaps fold"
 TRAIN, TEST, NEITHER = "train", "test", ""  # parts of a holdout
 GROUPED = "grouped"  # the split that nobody prescribes: folds over groups, dealt by whoever probes
@@ -184,13 +183,9 @@ def one_against_the_rest(labels: np.ndarray, takes_part: np.ndarray, names: Mapp
     return {title: Task(kind="binary", labels=labels == label, takes_part=takes_part) for title, label in names.items()}
 
 
-def windows(samples: np.ndarray) -> np.ndarray:
-    """[n] -> [w, 32000]: windows of 2 s, a new one every second, which together hold every sample.
-
-    The last window ends with the recording, so it may overlap its neighbour by more than a second, and a recording of
-    2 s or more is never padded. A shorter one gives one window, completed with zeros at its end.
-    """
-    last = max(len(samples) - CLIP_SAMPLES, 0)
-    starts = [*range(0, last, HOP_SAMPLES), last]
-    padded = np.pad(samples, (0, max(CLIP_SAMPLES - len(samples), 0)))
-    return np.stack([padded[start : start + CLIP_SAMPLES] for start in starts])
+def labels_of(dataset: Dataset) -> np.ndarray:
+    """[r] text: what `one_against_the_rest` made the tasks of."""
+    labels = np.empty(len(dataset.groups), dtype=object)
+    for title, task in dataset.tasks.items():
+        labels[task.labels] = title
+    return labels.astype(str)

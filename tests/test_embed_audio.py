@@ -28,12 +28,11 @@ from packaging.utils import canonicalize_name
 from pyarrow import parquet
 
 from hear_distill import checkpoint
-from hear_distill.audio import decode
+from hear_distill.audio import decode, windows
 from hear_distill.files import MIB
 from hear_distill.frontend import MelPcen
 from hear_distill.locks import alone
 from hear_distill.student import Student, StudentConfig, load_student
-from hear_distill.tasks import windows
 
 SCRIPT = ROOT / "embed_audio.py"
 STAGE = runpy.run_path(str(SCRIPT), run_name="stage")

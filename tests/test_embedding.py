@@ -6,8 +6,8 @@ import soxr
 import torch
 
 from hear_distill import MelPcen, Student, StudentConfig
+from hear_distill.audio import windows
 from hear_distill.embedding import BATCH_WINDOWS, WaveformError, window_starts
-from hear_distill.tasks import windows
 
 RATE = 16_000
 WIDTH = 24

@@ -77,7 +77,7 @@ ALLOWED = {
     "plots": {"files", "runlog"},
     "pretrained": {"files"},
     "probes": {"files", "metrics"},
-    "protocols": {"audio", "embedders", "files", "frontend", "tasks"},
+    "protocols": {"audio", "embedders", "files", "frontend"},
     "published": set(),
     "quick_probe": {"audio", "eval_datasets", "metrics", "probes", "splits", "tasks"},
     "ranks": {"files", "runlog"},

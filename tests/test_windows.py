@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hear_distill.tasks import windows
+from hear_distill.audio import windows
 
 
 def windows_one_by_one(samples: list[int]) -> list[list[int]]:
