@@ -23,25 +23,24 @@ import os
 import shlex
 import signal
 import sqlite3
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from hear_distill import backup, cli, demo, doctor, history, plan, repair, status, stop
-from hear_distill.children import TROUBLES, Child, Hook, Restarts, end_children, rotate, start_child
+from hear_distill.children import TROUBLES, Child, Hook, Restarts, answer_of, end_children, rotate, start_child
 from hear_distill.control import Law, Look, rate_of_worker
 from hear_distill.drift import warnings_of
 from hear_distill.files import GIB, UserError, free_bytes, gib, is_disk_full
 from hear_distill.lake import Lake
 from hear_distill.locks import alone
 from hear_distill.nodes import Nodes
-from hear_distill.runlog import LAUNCHER_PID, Stopped, StopRequest, progress_file, read_heartbeat
+from hear_distill.runlog import Stopped, StopRequest, progress_file, read_heartbeat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,25 +193,10 @@ def check_children(config: Config, look: Callable[[], None] = lambda: None) -> N
 
 
 def ask(script: Path, config: Config, *more: str, look: Callable[[], None] = lambda: None) -> None:
-    """Run a child that only answers. Raises UserError with what it says if it refuses.
-
-    It may ask a hub that is down for minutes; `look` is called meanwhile. What that raises ends it, and our end does.
-    """
-    command, said = [*command_of(script, config), *more], None
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    environment = os.environ | config.nodes().environment() | {LAUNCHER_PID: str(os.getpid())}
-    with subprocess.Popen(command, **pipes, text=True, start_new_session=True, env=environment) as child:
-        try:
-            while said is None:
-                look()
-                with suppress(subprocess.TimeoutExpired):
-                    _, said = child.communicate(timeout=POLL_S)
-        except BaseException:
-            child.kill()
-            raise
-    if child.returncode:
-        message = said.strip().removeprefix("error: ") or f"exit code {child.returncode}"
-        raise UserError(f"{script.name}: {message}")
+    """Run a child that only answers; `look` is called meanwhile. Raises UserError with what it says if it refuses."""
+    code, said = answer_of([*command_of(script, config), *more], config.nodes().environment(), look)
+    if code:
+        raise UserError(f"{script.name}: {said.strip().removeprefix('error: ') or f'exit code {code}'}")
 
 
 def run_of(config: Config) -> plan.Run:

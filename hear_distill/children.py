@@ -15,14 +15,15 @@ import subprocess
 import time
 import uuid
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from hear_distill.files import MIB, DiskFull, UserError
-from hear_distill.runlog import LOST_A_RANK, SUPERVISOR_FD, read_heartbeat
+from hear_distill.runlog import LAUNCHER_PID, LOST_A_RANK, SUPERVISOR_FD, read_heartbeat
 
 FAMILY = "HEAR_FAMILY"  # in the environment of a child, and of all that it starts
 LAST_WORDS_BYTES = 4_096
@@ -31,6 +32,7 @@ LOGS_KEPT = 3  # besides the one that is written
 HOOK_S = 60.0  # for a command of the user's
 HOOKS_AT_ONCE = 4
 TIMED_OUT = (124, 137)  # what timeout(1) ends with
+LOOK_S = 0.5  # at a child that only answers
 HOUR_S = 3600.0
 CRASHES_PER_HOUR = 3
 DECODER_CRASHES_PER_HOUR = 30  # of streamers while they decoded: three for each recording that kills its decoder
@@ -127,6 +129,26 @@ def start_child(
             env={**os.environ, SUPERVISOR_FD: str(pipe), FAMILY: family, "OMP_NUM_THREADS": str(num_threads)},
         )
     return Child(name, log, process, heartbeat(process.pid), family, num_log_bytes=begin)
+
+
+def answer_of(command: Sequence[str], environment: Mapping[str, str], look: Callable[[], None]) -> tuple[int, str]:
+    """Exit code and stderr of a child that only answers; `environment` adds to ours.
+
+    It may ask a hub that is down for minutes; `look` is called meanwhile. What that raises ends it, and our end does.
+    """
+    said = None
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    env = {**os.environ, **environment, LAUNCHER_PID: str(os.getpid())}
+    with subprocess.Popen(list(command), **pipes, text=True, start_new_session=True, env=env) as child:
+        try:
+            while said is None:
+                look()
+                with suppress(subprocess.TimeoutExpired):
+                    _, said = child.communicate(timeout=LOOK_S)
+        except BaseException:
+            child.kill()
+            raise
+    return child.returncode, said
 
 
 def kill_family(family: str) -> None:
