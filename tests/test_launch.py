@@ -20,7 +20,7 @@ from hear_distill.ranks import RANK_LOST
 from hear_distill.runlog import SUPERVISOR_FD
 
 SECONDS_TO_LEAVE = 10.0
-RANK = """
+RANK = r"""
 import os, sys, time
 from pathlib import Path
 from hear_distill.runlog import StopRequest
@@ -39,7 +39,7 @@ if code >= 0:
     time.sleep(60)
 if not stop:
     sys.exit("nobody asked this rank to leave")
-print("rank", os.environ["RANK"], "leaves in good order", flush=True)
+os.write(1, f"rank {os.environ['RANK']} leaves in good order\n".encode())  # whole, as two ranks share this pipe
 """
 
 
