@@ -46,7 +46,7 @@ from hear_distill.plots import draw_curves
 from hear_distill.ranks import ALONE, Ranks, local_world_size, refuse_missing_gpus, world_size
 from hear_distill.room import refuse_small_cap
 from hear_distill.runlog import StopRequest, progress_file, write_config
-from hear_distill.schedule import Control, Schedule
+from hear_distill.schedule import MAX_GROWTH, Control, Schedule, max_growth
 from hear_distill.student import SIZES, StudentConfig
 from hear_distill.teacher import Teacher, load_teacher, to_bfloat16
 from hear_distill.validation import Validation
@@ -137,7 +137,7 @@ class Config:
 
     def largest_batch(self) -> int:
         """Clips of the largest step that the controller may ask for."""
-        return self.batch_size() * (MAX_GROWTH if self.controller in ("batch", "seesaw") else 1)
+        return self.batch_size() * max_growth(self.controller)
 
     def control(self) -> Control:
         """What the controller starts from; the noise that it looks at is new at each log point only."""
@@ -176,7 +176,6 @@ PRESETS = {
         schedule=Schedule(peak=2e-3, total_samples=3200, warmup_samples=160, decay_samples=640),
     ),
 }
-MAX_GROWTH = 16  # of the batch, by a controller
 MAX_SKIPPED_IN_A_ROW = 3  # non-finite gradients; one can be bad luck, three are a diverged run
 PRECISION_CLIPS = 256  # of the anchor, on which bfloat16 is checked
 WAIT_S = 0.2

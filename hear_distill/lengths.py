@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from hear_distill.audio import CLIP_SAMPLES
+from hear_distill.schedule import max_growth
 from hear_distill.shards import ClipInfo
 
 CLIP_S = 2
@@ -105,7 +106,7 @@ def check(seconds: Sequence[int], chunk_size: int, controller: str) -> None:
                 f"--lengths {length}: expected an even number of seconds, of which --chunk-size, {chunk_size} clips, "
                 f"holds two or more, and a whole number"
             )
-    if len(seconds) > 1 and controller in ("batch", "seesaw"):
+    if len(seconds) > 1 and max_growth(controller) > 1:
         raise ValueError(f"--controller {controller} makes steps of other numbers of chunks: take --lengths {CLIP_S}")
 
 

@@ -16,6 +16,7 @@ from hear_distill import room
 from hear_distill.audio import CLIP_SAMPLES, decode_blocks
 from hear_distill.files import UserError, gib
 from hear_distill.runlog import read_heartbeat
+from hear_distill.schedule import max_growth
 from hear_distill.shards import RECORD_BYTES, shard_bytes
 from hear_distill.status import duration
 from hear_distill.synthetic import encoded, recording
@@ -47,6 +48,10 @@ class Run:
         """Clips of a step, as long as no controller changes it."""
         return self.trainer["chunks"] * self.trainer["chunk_size"] * self.gpus * self.num_nodes
 
+    def largest_batch(self) -> int:
+        """Clips of the largest step that the controller may ask for."""
+        return self.batch() * max_growth(self.trainer["controller"])
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -63,7 +68,7 @@ def in_flight(run: Run) -> dict[str, int]:
     """Clips that must fit under the cap at the same time, by reason. The trainer refuses a cap below their sum."""
     shard_clips, val_clips = run.streamer["shard_clips"], run.streamer["val_clips"]
     open_shards = room.shards_of_ranks(run.trainer["open_shards"], shard_clips, run.gpus)
-    needs = [max(run.trainer["save_every"], run.batch()), run.trainer["target_clips"]]  # of all lakes
+    needs = [max(run.trainer["save_every"], run.largest_batch()), run.trainer["target_clips"]]  # of all lakes
     interval, target_clips = (-(-clips // run.num_nodes) for clips in needs)
     return room.in_flight(shard_clips, val_clips, run.max_workers, open_shards, interval, target_clips)
 

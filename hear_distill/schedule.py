@@ -168,6 +168,12 @@ def seesaw(control: Control, state: State, samples: int, noise_batch: float) -> 
 
 
 CONTROLLERS: dict[str, Controller] = {"off": off, "ema-batch": ema_batch, "batch": batch, "seesaw": seesaw}
+MAX_GROWTH = 16  # of the batch, by a controller that makes it grow
+
+
+def max_growth(controller: str) -> int:
+    """Times the first batch that this controller may ask for."""
+    return MAX_GROWTH if controller in ("batch", "seesaw") else 1
 
 
 def _is_time_to_look(control: Control, state: State, samples: int) -> bool:

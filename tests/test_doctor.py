@@ -40,7 +40,14 @@ def run(tmp_path) -> Run:
         **{"lake": tmp_path / "lake", "out": tmp_path / "run", "source": "somewhere", "max_workers": 4},
         **{"cap_bytes": 10 * GIB, "floor_bytes": 2 * GIB, "streamer": {"shard_clips": 1000, "val_clips": 500}},
         trainer={
-            **{"open_shards": 8, "save_every": 2560, "chunk_size": 64, "chunks": 2, "target_clips": 1000},
+            **{
+                "open_shards": 8,
+                "save_every": 2560,
+                "chunk_size": 64,
+                "chunks": 2,
+                "target_clips": 1000,
+                "controller": "off",
+            },
             "schedule": {"total_samples": 128_000},
             **{"device": "cuda", "teacher": str(tmp_path)},
         },
@@ -271,7 +278,8 @@ def test_the_plan_adds_up(run):
     assert "not known how long" in "\n".join(plan.lines_of(run, None, Rate(250.0, "one core")))
 
 
-def test_the_plan_refuses_a_cap_exactly_where_the_trainer_does(run, tmp_path):
+@pytest.mark.parametrize("controller", ["off", "seesaw"])  # seesaw may take 16 times the batch
+def test_the_plan_refuses_a_cap_exactly_where_the_trainer_does(run, controller):
     trainer = load_stage(ROOT / "distill_hear_vit_s_canon2d.py")
     make_lake(run.lake, shard_clips=1000, val_clips=500).close()
     config = trainer.Config(
@@ -283,11 +291,13 @@ def test_the_plan_refuses_a_cap_exactly_where_the_trainer_does(run, tmp_path):
         chunk_size=64,
         chunks=2,
         target_clips=1000,
+        controller=controller,
     )
-    needed = shard_bytes(sum(plan.in_flight(replace(run, max_workers=2)).values()))
+    run = replace(run, max_workers=2, trainer={**run.trainer, "controller": controller})
+    needed = shard_bytes(sum(plan.in_flight(run).values()))
     for cap_bytes, is_enough in ((needed, True), (needed - 1, False)):
         set_cap(run.lake, cap_bytes)
-        planned = replace(run, max_workers=2, cap_bytes=cap_bytes)
+        planned = replace(run, cap_bytes=cap_bytes)
         if is_enough:
             trainer.check(config)
             plan.lines_of(planned, None, Rate(1.0, ""))
